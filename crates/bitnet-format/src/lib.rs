@@ -1,0 +1,13 @@
+//! Files that enter and leave the project: the GGUF container, Hugging Face
+//! checkpoints, tokenizers, JSON results, and the atomic writes beneath them.
+//!
+//! Everything read from a file is hostile until checked: counts, lengths,
+//! offsets and shapes are compared with the file's own size by checked
+//! arithmetic before anything is allocated, and an error names the file, the
+//! key or tensor, and the numbers.
+
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod atomic;
+pub mod json;
