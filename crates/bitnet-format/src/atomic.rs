@@ -42,13 +42,8 @@ impl AtomicFile {
         // the process's umask still applies.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temp = builder
-            .tempfile_in(folder)
-            .map_err(|e| with_path(e, &dest))?;
-        Ok(Self {
-            writer: BufWriter::with_capacity(BUFFER, temp),
-            dest,
-        })
+        let temp = builder.tempfile_in(folder).map_err(|e| with_path(e, &dest))?;
+        Ok(Self { writer: BufWriter::with_capacity(BUFFER, temp), dest })
     }
 
     /// Where the unfinished content lies, for a reader that checks it before
@@ -70,9 +65,7 @@ impl AtomicFile {
     /// and the old content untouched.
     pub fn commit(self) -> io::Result<()> {
         let Self { writer, dest } = self;
-        let temp = writer
-            .into_inner()
-            .map_err(|e| with_path(e.into_error(), &dest))?;
+        let temp = writer.into_inner().map_err(|e| with_path(e.into_error(), &dest))?;
         temp.as_file().sync_all().map_err(|e| with_path(e, &dest))?;
         temp.persist(&dest).map_err(|e| with_path(e.error, &dest))?;
         sync_folder(split(&dest)?.0).map_err(|e| with_path(e, &dest))
@@ -108,15 +101,9 @@ where
     let dest = path.as_ref();
     let mut writer = BufWriter::with_capacity(
         BUFFER,
-        file.writer
-            .get_ref()
-            .as_file()
-            .try_clone()
-            .map_err(|e| with_path(e, dest))?,
+        file.writer.get_ref().as_file().try_clone().map_err(|e| with_path(e, dest))?,
     );
-    fill(&mut writer)
-        .and_then(|()| writer.flush())
-        .map_err(|e| with_path(e, dest))?;
+    fill(&mut writer).and_then(|()| writer.flush()).map_err(|e| with_path(e, dest))?;
     file.commit()
 }
 
@@ -144,11 +131,7 @@ impl AtomicDir {
         // A process of the same id, long dead, may have left one.
         remove_tree(&temp)?;
         fs::create_dir(&temp).map_err(|e| with_path(e, &temp))?;
-        Ok(Self {
-            temp,
-            dest,
-            committed: false,
-        })
+        Ok(Self { temp, dest, committed: false })
     }
 
     /// The folder to write into.
@@ -234,8 +217,7 @@ fn sync_tree(folder: &Path) -> io::Result<()> {
         } else if kind.is_file() {
             // Windows flushes only through a handle opened for writing.
             let file = fs::OpenOptions::new().read(true).write(true).open(&path);
-            file.and_then(|f| f.sync_all())
-                .map_err(|e| with_path(e, &path))?;
+            file.and_then(|f| f.sync_all()).map_err(|e| with_path(e, &path))?;
         }
     }
     sync_folder(folder).map_err(|e| with_path(e, folder))
@@ -328,10 +310,7 @@ mod tests {
         fs::write(&file, "x").unwrap();
         for path in [file.join("below"), dir.path().to_path_buf()] {
             let e = AtomicFile::create(&path).unwrap_err().to_string();
-            assert!(
-                e.contains(&file.display().to_string()) || e.contains("is a folder"),
-                "{e}"
-            );
+            assert!(e.contains(&file.display().to_string()) || e.contains("is a folder"), "{e}");
         }
         assert!(AtomicFile::create("..").is_err());
     }

@@ -10,4 +10,5 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod atomic;
+pub mod gguf;
 pub mod json;
