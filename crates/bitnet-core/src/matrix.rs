@@ -1,0 +1,261 @@
+//! Packed ternary matrices: the byte layouts that a packed model stores.
+//!
+//! A row is padded to whole 64-byte blocks with code 1 (zero weight), so a row
+//! starts at a multiple of 64 bytes and any instruction set reads whole vectors.
+
+use serde::{Deserialize, Serialize};
+
+/// How the codes (ternary value + 1) of a row are laid out in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layout {
+    /// 2 bits a weight: 256 weights in a 64-byte block. Weight `64p + j` of a
+    /// block sits in bits `2p..2p+2` of byte `j`.
+    P2,
+}
+
+/// Bytes of a block in every layout.
+pub const BLOCK_BYTES: usize = 64;
+
+impl Layout {
+    /// Every layout.
+    pub const ALL: [Self; 1] = [Self::P2];
+
+    /// The name in files and options.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::P2 => "p2",
+        }
+    }
+
+    /// The layout of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|l| l.name() == name)
+    }
+
+    /// Weights in a block.
+    #[must_use]
+    pub const fn block_weights(self) -> usize {
+        match self {
+            Self::P2 => 256,
+        }
+    }
+
+    /// `cols` rounded up to whole blocks: how many activations a kernel reads.
+    #[must_use]
+    pub const fn padded_cols(self, cols: usize) -> usize {
+        cols.div_ceil(self.block_weights()) * self.block_weights()
+    }
+
+    /// Bytes of a packed row of `cols` weights.
+    #[must_use]
+    pub const fn row_bytes(self, cols: usize) -> usize {
+        cols.div_ceil(self.block_weights()) * BLOCK_BYTES
+    }
+
+    /// Packs one row of ternary values; `out` has [`Layout::row_bytes`] bytes.
+    fn pack_row(self, trits: &[i8], out: &mut [u8]) {
+        let block = self.block_weights();
+        for (b, bytes) in out.chunks_exact_mut(BLOCK_BYTES).enumerate() {
+            let code = |i: usize| trits.get(b * block + i).map_or(1, |&t| (t + 1) as u8);
+            match self {
+                Self::P2 => {
+                    for (j, byte) in bytes.iter_mut().enumerate() {
+                        *byte = (0..4).fold(0, |acc, p| acc | code(64 * p + j) << (2 * p));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Unpacks one row into `trits.len()` = cols ternary values.
+    ///
+    /// # Errors
+    /// The first byte that no packing produces, with its position in the row.
+    pub fn unpack_row(self, bytes: &[u8], trits: &mut [i8]) -> Result<(), MatrixError> {
+        let block = self.block_weights();
+        for (b, bytes) in bytes.chunks_exact(BLOCK_BYTES).enumerate() {
+            for (j, &byte) in bytes.iter().enumerate() {
+                match self {
+                    Self::P2 => {
+                        for p in 0..4 {
+                            let code = (byte >> (2 * p)) & 3;
+                            let at = b * block + 64 * p + j;
+                            // Padding holds the zero weight, code 1.
+                            let valid = if at < trits.len() { code < 3 } else { code == 1 };
+                            if !valid {
+                                let at = b * BLOCK_BYTES + j;
+                                return Err(MatrixError::Code { byte, at });
+                            }
+                            if let Some(t) = trits.get_mut(at) {
+                                *t = code as i8 - 1;
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A packed matrix that cannot be made or read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MatrixError {
+    /// The slice does not hold the shape.
+    #[error("a [{rows}, {cols}] matrix needs {expected} elements or bytes, found {found}")]
+    Size {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Columns of the matrix.
+        cols: usize,
+        /// What the shape needs.
+        expected: usize,
+        /// What was given.
+        found: usize,
+    },
+    /// A value outside {-1, 0, 1}.
+    #[error("row {row}, column {col}: {value} is not a ternary value")]
+    Value {
+        /// Row of the value.
+        row: usize,
+        /// Column of the value.
+        col: usize,
+        /// The value.
+        value: i8,
+    },
+    /// A byte that no packing produces.
+    #[error("byte {at} of a row: {byte:#04x} is not a packed ternary code")]
+    Code {
+        /// The byte.
+        byte: u8,
+        /// Its position in the row.
+        at: usize,
+    },
+}
+
+/// A ternary matrix `[rows, cols]` in packed form, with its weight scale.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TernaryMatrix {
+    /// Rows: outputs of the layer.
+    pub rows: usize,
+    /// Columns: inputs of the layer.
+    pub cols: usize,
+    /// Byte layout of `bytes`.
+    pub layout: Layout,
+    /// Multiplies the ternary value to give the real weight.
+    pub weight_scale: f32,
+    /// `rows` rows of [`Layout::row_bytes`] bytes.
+    pub bytes: Vec<u8>,
+}
+
+impl TernaryMatrix {
+    /// Packs ternary values.
+    ///
+    /// # Shapes
+    /// `trits` is `[rows, cols]`, row-major.
+    ///
+    /// # Errors
+    /// A slice of another size, or a value outside {-1, 0, 1}.
+    pub fn pack(
+        layout: Layout,
+        rows: usize,
+        cols: usize,
+        trits: &[i8],
+        weight_scale: f32,
+    ) -> Result<Self, MatrixError> {
+        if trits.len() != rows * cols || cols == 0 {
+            let (expected, found) = (rows * cols, trits.len());
+            return Err(MatrixError::Size { rows, cols, expected, found });
+        }
+        if let Some(at) = trits.iter().position(|t| !(-1..=1).contains(t)) {
+            let (row, col) = (at / cols, at % cols);
+            return Err(MatrixError::Value { row, col, value: trits[at] });
+        }
+        let row_bytes = layout.row_bytes(cols);
+        let mut bytes = vec![0u8; rows * row_bytes];
+        for (row, out) in trits.chunks_exact(cols).zip(bytes.chunks_exact_mut(row_bytes)) {
+            layout.pack_row(row, out);
+        }
+        Ok(Self { rows, cols, layout, weight_scale, bytes })
+    }
+
+    /// Quantises master weights with the one definition and packs them.
+    ///
+    /// # Errors
+    /// See [`TernaryMatrix::pack`].
+    pub fn quantize(
+        layout: Layout,
+        rows: usize,
+        cols: usize,
+        weights: &[f32],
+    ) -> Result<Self, MatrixError> {
+        let (trits, scale) = crate::ternary::quantize_weights(weights, cols);
+        Self::pack(layout, rows, cols, &trits, scale)
+    }
+
+    /// The ternary values, `[rows, cols]`.
+    ///
+    /// # Errors
+    /// A byte that no packing produces.
+    pub fn unpack(&self) -> Result<Vec<i8>, MatrixError> {
+        let mut trits = vec![0i8; self.rows * self.cols];
+        let row_bytes = self.layout.row_bytes(self.cols);
+        let rows = self.bytes.chunks_exact(row_bytes);
+        for (bytes, row) in rows.zip(trits.chunks_exact_mut(self.cols)) {
+            self.layout.unpack_row(bytes, row)?;
+        }
+        Ok(trits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn unpack_undoes_pack(
+            rows in 1usize..4,
+            cols in prop_oneof![1usize..700, Just(255), Just(256), Just(257)],
+            seed in any::<u64>(),
+        ) {
+            let mut state = seed | 1;
+            let trits: Vec<i8> = (0..rows * cols).map(|_| {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                (state >> 33) as i8 as i32 as u8 as i8 % 2
+            }).collect();
+            for layout in Layout::ALL {
+                let m = TernaryMatrix::pack(layout, rows, cols, &trits, 0.5).unwrap();
+                prop_assert_eq!(m.bytes.len(), rows * layout.row_bytes(cols));
+                prop_assert_eq!(m.unpack().unwrap(), trits.clone());
+            }
+        }
+    }
+
+    #[test]
+    fn p2_puts_weight_64p_j_in_bits_2p_of_byte_j() {
+        let mut trits = vec![0i8; 256];
+        trits[64 * 3 + 5] = 1;
+        trits[64 + 7] = -1;
+        let m = TernaryMatrix::pack(Layout::P2, 1, 256, &trits, 1.0).unwrap();
+        assert_eq!(m.bytes[0], 0b01_01_01_01);
+        assert_eq!(m.bytes[5], 0b10_01_01_01);
+        assert_eq!(m.bytes[7], 0b01_01_00_01);
+    }
+
+    #[test]
+    fn refuses_what_is_not_ternary() {
+        let size = TernaryMatrix::pack(Layout::P2, 2, 3, &[0; 5], 1.0).unwrap_err();
+        assert!(size.to_string().contains("[2, 3]"));
+        let value = TernaryMatrix::pack(Layout::P2, 2, 2, &[0, 1, -2, 0], 1.0).unwrap_err();
+        assert_eq!(value, MatrixError::Value { row: 1, col: 0, value: -2 });
+        let mut m = TernaryMatrix::pack(Layout::P2, 1, 2, &[0, 1], 1.0).unwrap();
+        m.bytes[9] = 0xff;
+        assert_eq!(m.unpack().unwrap_err(), MatrixError::Code { byte: 0xff, at: 9 });
+    }
+}

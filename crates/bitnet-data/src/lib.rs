@@ -1,0 +1,1 @@
+mod error; mod hash; mod source;

@@ -1,0 +1,1 @@
+//! Run a packed ternary model on the CPU.

@@ -1,0 +1,1 @@
+//! Perplexity and measurements of packed ternary models.

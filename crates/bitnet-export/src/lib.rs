@@ -1,0 +1,1 @@
+//! Pack a checkpoint into one self-describing file.

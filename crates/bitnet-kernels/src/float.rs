@@ -1,0 +1,158 @@
+//! The float definitions: exponential, RMSNorm, the gated activations, rotary
+//! embedding. Written over sixteen lanes; an instruction set compiles the same
+//! bodies with its own vectors and gets the same bits.
+
+use bitnet_core::ternary::{LANES, lane_sum};
+
+/// `e^x`, within 2 ULP for -87 <= x <= 88; below -87 it is 0, above 88 it is
+/// `e^88`.
+///
+/// Range reduction by Cody and Waite (ln 2 in two parts), then a polynomial of
+/// degree 6 on ±ln(2)/2 with the coefficients of Cephes' `expf`.
+#[inline(always)]
+#[must_use]
+pub(crate) fn exp(x: f32) -> f32 {
+    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    let clamped = x.clamp(-87.0, 88.0);
+    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
+    let r = clamped - n * LN2_HIGH;
+    let r = r - n * LN2_LOW;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_6e-1;
+    p = p * r + 5e-1;
+    let y = p * (r * r) + r + 1.0;
+    // n is in -126..=127, so the exponent field stays in 1..=254.
+    let power = f32::from_bits((((n as i32) + 127) << 23) as u32);
+    if x < -87.0 { 0.0 } else { y * power }
+}
+
+/// The dot product of two slices of one length, in the fixed order of lanes.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for i in 0..LANES {
+            lanes[i] += a[i] * b[i];
+        }
+    }
+    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
+        lanes[i] += a * b;
+    }
+    lane_sum(lanes)
+}
+
+/// `1 / sqrt(mean(x²) + eps)`.
+#[inline(always)]
+pub(crate) fn inv_rms(x: &[f32], eps: f32) -> f32 {
+    1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
+}
+
+/// RMSNorm (arXiv:1910.07467): `out = (x · inv_rms) · weight`; returns `inv_rms`.
+#[inline(always)]
+pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> f32 {
+    let inv = inv_rms(x, eps);
+    for ((o, &x), &w) in out.iter_mut().zip(x).zip(weight) {
+        *o = (x * inv) * w;
+    }
+    inv
+}
+
+/// `silu(x) = x / (1 + e^-x)`.
+#[inline(always)]
+pub(crate) fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `out = silu(gate) · up`.
+#[inline(always)]
+pub(crate) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+        *o = silu(g) * u;
+    }
+}
+
+/// `out = relu(gate)² · up`.
+#[inline(always)]
+pub(crate) fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+        let r = g.max(0.0);
+        *o = (r * r) * u;
+    }
+}
+
+/// Rotates a head in place: element `i` with element `i + C/2`.
+#[inline(always)]
+pub(crate) fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (low, high) = head.split_at_mut(cos.len());
+    for i in 0..cos.len() {
+        let (a, b) = (low[i], high[i]);
+        low[i] = a * cos[i] - b * sin[i];
+        high[i] = b * cos[i] + a * sin[i];
+    }
+}
+
+/// `x += y`.
+#[inline(always)]
+pub(crate) fn add_assign(x: &mut [f32], y: &[f32]) {
+    for (x, &y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+/// Replaces logits by `e^(x - max)`; returns (max, sum of them in lane order).
+#[inline(always)]
+pub(crate) fn exp_sum(x: &mut [f32]) -> (f32, f32) {
+    let mut max_lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            max_lanes[i] = max_lanes[i].max(chunk[i]);
+        }
+    }
+    let max = max_lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = x.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for i in 0..LANES {
+            chunk[i] = exp(chunk[i] - max);
+            lanes[i] += chunk[i];
+        }
+    }
+    for (i, v) in rest.iter_mut().enumerate() {
+        *v = exp(*v - max);
+        lanes[i] += *v;
+    }
+    (max, lane_sum(lanes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulp() {
+        let mut worst = 0u32;
+        for i in -86_999..=87_999 {
+            let x = i as f32 * 0.001;
+            let want = f64::from(x).exp() as f32;
+            worst = worst.max(exp(x).to_bits().abs_diff(want.to_bits()));
+        }
+        assert!(worst <= 2, "{worst} ULP");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-1e4), 0.0);
+        assert!(exp(1e4).is_finite());
+    }
+
+    #[test]
+    fn norm_has_unit_mean_square() {
+        let x: Vec<f32> = (0..37).map(|i| i as f32 - 11.0).collect();
+        let mut out = vec![0.0; 37];
+        rms_norm(&x, &[1.0; 37], 1e-5, &mut out);
+        assert!((dot(&out, &out) / 37.0 - 1.0).abs() < 1e-5);
+    }
+}

@@ -1,0 +1,28 @@
+//! CPU kernels of ternary language models: slices in, slices out.
+//!
+//! A [`Kernels`] value is the proof that its instruction set is present on this
+//! machine. Every path computes the same bits:
+//!
+//! * integer sums are exact, so the order of additions does not matter;
+//! * float reductions keep [`LANES`](bitnet_core::ternary::LANES) partial sums in
+//!   a fixed order, multiply and add are never fused, and `exp` is our own, so a
+//!   vector of any width gives the same result as the portable code.
+//!
+//! Training calls the same functions as inference: what was trained is what runs.
+//! No threads, no I/O and no allocation on the hot path; `unsafe` lives in this
+//! crate alone.
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod attention;
+mod dense;
+mod float;
+mod isa;
+mod mat;
+mod ternary;
+
+pub use attention::{KEY_BLOCK, KvElement, key_blocks_len, store_key};
+pub use dense::DenseRows;
+pub use isa::{Isa, IsaError, Kernels};
+pub use mat::MatMut;
+pub use ternary::{QuantizedTokens, TernaryRows, TokensRef};
