@@ -15,14 +15,19 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod attention;
+mod backward;
 mod dense;
 mod float;
+#[cfg(feature = "gemm")]
+mod gemm;
 mod isa;
 mod mat;
 mod ternary;
 
 pub use attention::{KEY_BLOCK, KvElement, key_blocks_len, store_key};
 pub use dense::DenseRows;
+#[cfg(feature = "gemm")]
+pub use gemm::{MatRef, gemm};
 pub use isa::{Isa, IsaError, Kernels};
 pub use mat::MatMut;
 pub use ternary::{QuantizedTokens, TernaryRows, TokensRef};

@@ -1,0 +1,94 @@
+//! The backward passes of the float operations, for training.
+//!
+//! A gradient need not have the same bits as anything in the engine, but it is
+//! the same on every instruction set, so that a run does not depend on the
+//! machine.
+
+use crate::float::{dot, exp};
+use crate::isa::Kernels;
+
+/// Gradient of `y = (x · inv) · weight` where `inv = 1 / sqrt(mean(x²) + eps)`:
+/// `dx = inv · (g·w − x · inv² · mean(g·w·x))`, and `dweight += g · x · inv`.
+#[inline(always)]
+fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    inv_rms: f32,
+    grad: &[f32],
+    dx: &mut [f32],
+    dweight: &mut [f32],
+) {
+    for ((dx, &g), &w) in dx.iter_mut().zip(grad).zip(weight) {
+        *dx = g * w;
+    }
+    let mean = dot(dx, x) / x.len() as f32;
+    let pull = inv_rms * inv_rms * mean;
+    for ((dx, dw), (&x, &g)) in dx.iter_mut().zip(dweight).zip(x.iter().zip(grad)) {
+        *dx = inv_rms * (*dx - x * pull);
+        *dw += g * (x * inv_rms);
+    }
+}
+
+/// Gradient of `y = silu(gate) · up`.
+#[inline(always)]
+fn silu_mul_backward(gate: &[f32], up: &[f32], grad: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+    let inputs = gate.iter().zip(up).zip(grad);
+    for (((&g, &u), &dy), (dg, du)) in inputs.zip(dgate.iter_mut().zip(dup)) {
+        let sigmoid = 1.0 / (1.0 + exp(-g));
+        *du = dy * (g * sigmoid);
+        *dg = dy * u * (sigmoid * (1.0 + g * (1.0 - sigmoid)));
+    }
+}
+
+/// Gradient of `y = relu(gate)² · up`.
+#[inline(always)]
+fn relu2_mul_backward(gate: &[f32], up: &[f32], grad: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
+    let inputs = gate.iter().zip(up).zip(grad);
+    for (((&g, &u), &dy), (dg, du)) in inputs.zip(dgate.iter_mut().zip(dup)) {
+        let r = g.max(0.0);
+        *du = dy * (r * r);
+        *dg = dy * u * (2.0 * r);
+    }
+}
+
+impl Kernels {
+    /// The backward pass of [`Kernels::rms_norm`] for one token.
+    ///
+    /// # Shapes
+    /// All slices are `[D]`. `dx` is written, `dweight` is added to.
+    pub fn rms_norm_backward(
+        self,
+        x: &[f32],
+        weight: &[f32],
+        inv_rms: f32,
+        grad: &[f32],
+        dx: &mut [f32],
+        dweight: &mut [f32],
+    ) {
+        rms_norm_backward(x, weight, inv_rms, grad, dx, dweight);
+    }
+
+    /// The backward pass of [`Kernels::silu_mul`], elementwise.
+    pub fn silu_mul_backward(
+        self,
+        gate: &[f32],
+        up: &[f32],
+        grad: &[f32],
+        dgate: &mut [f32],
+        dup: &mut [f32],
+    ) {
+        silu_mul_backward(gate, up, grad, dgate, dup);
+    }
+
+    /// The backward pass of [`Kernels::relu2_mul`], elementwise.
+    pub fn relu2_mul_backward(
+        self,
+        gate: &[f32],
+        up: &[f32],
+        grad: &[f32],
+        dgate: &mut [f32],
+        dup: &mut [f32],
+    ) {
+        relu2_mul_backward(gate, up, grad, dgate, dup);
+    }
+}
