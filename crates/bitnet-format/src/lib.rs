@@ -11,4 +11,6 @@
 
 pub mod atomic;
 pub mod gguf;
+pub mod hf;
 pub mod json;
+pub mod tokenizer;
