@@ -54,9 +54,12 @@ pub enum GgufError {
     /// A tensor whose type has no known size.
     #[error("{file}: tensor {tensor}: type {ty} is not known, so its data cannot be read")]
     UnknownType { file: String, tensor: String, ty: GgmlType },
-    /// Reading or writing failed.
-    #[error("{file}: {source}")]
-    Io { file: String, source: std::io::Error },
+    /// Reading failed.
+    #[error("{file}: cannot be read")]
+    Read { file: String, source: std::io::Error },
+    /// Writing failed.
+    #[error("{file}: cannot be written")]
+    Write { file: String, source: std::io::Error },
 }
 
 #[cfg(test)]

@@ -343,7 +343,7 @@ impl<'a> Directory<'a> {
 pub fn read_head<F: Read + Seek>(file: &mut F, name: &str) -> Result<(Vec<u8>, u64), GgufError> {
     /// Enough for most metadata; a large tokenizer takes a few more rounds.
     const FIRST: u64 = 1 << 20;
-    let io = |source| GgufError::Io { file: name.into(), source };
+    let io = |source| GgufError::Read { file: name.into(), source };
     let total = file.seek(SeekFrom::End(0)).map_err(io)?;
     file.seek(SeekFrom::Start(0)).map_err(io)?;
     let (mut head, mut want) = (Vec::new(), FIRST);

@@ -137,7 +137,7 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// I/O errors of `out`.
     pub fn start(mut out: W, header: Header) -> Result<Self, GgufError> {
-        let io = |source| GgufError::Io { file: header.file.clone(), source };
+        let io = |source| GgufError::Write { file: header.file.clone(), source };
         out.write_all(&header.encode()).map_err(io)?;
         Ok(Self { out, header, current: 0, written: 0 })
     }
@@ -162,7 +162,7 @@ impl<W: Write> Writer<W> {
             let what = format!("tensor {name}: {end} bytes are written, the directory says {size}");
             return Err(self.header.invalid(what));
         }
-        let io = |source| GgufError::Io { file: self.header.file.clone(), source };
+        let io = |source| GgufError::Write { file: self.header.file.clone(), source };
         self.out.write_all(bytes).map_err(io)?;
         self.written = end;
         if end == size {
@@ -183,7 +183,7 @@ impl<W: Write> Writer<W> {
             return Err(self.header.invalid(what));
         }
         let file = self.header.file;
-        self.out.flush().map_err(|source| GgufError::Io { file, source })?;
+        self.out.flush().map_err(|source| GgufError::Write { file, source })?;
         Ok(self.out)
     }
 }

@@ -132,7 +132,7 @@ fn list(names: &[&str]) -> String {
 
 fn read_config(folder: &Path) -> Result<HfConfig, HfError> {
     let path = folder.join("config.json");
-    let text = fs::read_to_string(&path).map_err(|e| HfError::io(&path, e))?;
+    let text = fs::read_to_string(&path).map_err(|e| HfError::read(&path, e))?;
     from_json(&text, &path)
 }
 
@@ -170,7 +170,7 @@ fn open_files(folder: &Path) -> Result<Files, HfError> {
 
 /// The tensors of each shard, by the shard's file name.
 fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, HfError> {
-    let text = fs::read_to_string(path).map_err(|e| HfError::io(path, e))?;
+    let text = fs::read_to_string(path).map_err(|e| HfError::read(path, e))?;
     let json: Value = serde_json::from_str(&text)
         .map_err(|source| HfError::Json { path: path.into(), source })?;
     let bad = |key: String, expected, found: &Value| HfError::Key {
@@ -196,7 +196,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, Vec<String>>, HfError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hf::{save, to_json};
+    use crate::hf::{chain, save, to_json};
 
     type Tensors = Vec<(String, Vec<usize>, Vec<f32>)>;
 
@@ -254,7 +254,7 @@ mod tests {
         index(&map);
         check();
 
-        let error = || Checkpoint::open(dir.path()).unwrap_err().to_string();
+        let error = || chain(&Checkpoint::open(dir.path()).unwrap_err());
         for away in ["../model-1.safetensors", "/etc/passwd", "..", "c:x", ""] {
             let mut map = map.clone();
             map[names::EMBEDDING] = away.into();
@@ -302,20 +302,20 @@ mod tests {
             let mut t = all.clone();
             edit(&mut t);
             let dir = folder(&config, &t);
-            let e = Checkpoint::open(dir.path()).unwrap_err().to_string();
+            let e = chain(&Checkpoint::open(dir.path()).unwrap_err());
             assert!(e.starts_with(&dir.path().display().to_string()) && e.contains(text), "{e}");
         }
         let dir = folder(&config, &all);
         let missing = dir.path().join("none");
-        let e = Checkpoint::open(&missing).unwrap_err().to_string();
+        let e = chain(&Checkpoint::open(&missing).unwrap_err());
         assert!(e.starts_with(&missing.join("config.json").display().to_string()), "{e}");
         fs::remove_file(dir.path().join(SINGLE)).unwrap();
-        let e = Checkpoint::open(dir.path()).unwrap_err().to_string();
-        assert!(e.contains("model.safetensors: No such file"), "{e}");
+        let e = chain(&Checkpoint::open(dir.path()).unwrap_err());
+        assert!(e.contains("model.safetensors: cannot be read: No such file"), "{e}");
         let path = dir.path().join("config.json");
         let json = fs::read_to_string(&path).unwrap().replace("online", "offline");
         fs::write(&path, json).unwrap();
-        let e = Checkpoint::open(dir.path()).unwrap_err().to_string();
+        let e = chain(&Checkpoint::open(dir.path()).unwrap_err());
         assert!(e.contains("packed weights (offline) is not supported"), "{e}");
     }
 }

@@ -325,6 +325,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::hf::chain;
 
     fn read(json: &Value) -> Result<HfConfig, HfError> {
         from_json(&json.to_string(), Path::new("config.json"))
@@ -460,10 +461,10 @@ mod tests {
             if key == "hidden_size" {
                 json["head_dim"] = Value::Null;
             }
-            let found = read(&json).unwrap_err().to_string();
+            let found = chain(&read(&json).unwrap_err());
             assert!(found.starts_with("config.json: ") && found.contains(text), "{key}: {found}");
         }
-        let e = from_json("{\"a\": ", Path::new("config.json")).unwrap_err().to_string();
+        let e = chain(&from_json("{\"a\": ", Path::new("config.json")).unwrap_err());
         assert!(e.starts_with("config.json: not valid JSON: EOF"), "{e}");
         assert!(from_json("[]", Path::new("c")).unwrap_err().to_string().contains("an object"));
     }

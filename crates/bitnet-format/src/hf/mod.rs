@@ -12,15 +12,18 @@ pub use safetensors::{TensorFile, TensorFileWriter, TensorSpec, save};
 use std::path::{Path, PathBuf};
 
 /// A model folder that cannot be read or written; every message begins with
-/// the path.
+/// the path, and the cause is its `source`.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages name the fields")]
 pub enum HfError {
-    /// Reading or writing failed, or there is no such file.
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    /// Reading failed, or there is no such file.
+    #[error("{}: cannot be read", path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    /// Writing failed.
+    #[error("{}: cannot be written", path.display())]
+    Write { path: PathBuf, source: std::io::Error },
     /// Not JSON; the source says at which line.
-    #[error("{}: not valid JSON: {source}", path.display())]
+    #[error("{}: not valid JSON", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
     /// A key is missing or has another type than expected.
     #[error("{}: key {key}: expected {expected}, found {found}", path.display())]
@@ -29,7 +32,7 @@ pub enum HfError {
     #[error("{}: key {key} = {value} is not supported: {reason}", path.display())]
     Unsupported { path: PathBuf, key: String, value: String, reason: String },
     /// The values are of the right types and make no model.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: the configuration is invalid", path.display())]
     Config { path: PathBuf, source: bitnet_core::ConfigError },
     /// Not a whole safetensors file.
     #[error("{}: not a readable safetensors file: {reason}", path.display())]
@@ -49,11 +52,22 @@ pub enum HfError {
 }
 
 impl HfError {
-    fn io(path: &Path, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+    fn read(path: &Path, source: std::io::Error) -> Self {
+        Self::Read { path: path.into(), source }
+    }
+
+    fn write(path: &Path, source: std::io::Error) -> Self {
+        Self::Write { path: path.into(), source }
     }
 
     fn safetensors(path: &Path, reason: impl ToString) -> Self {
         Self::Safetensors { path: path.into(), reason: reason.to_string() }
     }
+}
+
+/// An error and its causes as a binary prints them.
+#[cfg(test)]
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |e| e.source());
+    causes.fold(error.to_string(), |text, e| format!("{text}: {e}"))
 }

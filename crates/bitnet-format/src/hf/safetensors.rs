@@ -41,23 +41,23 @@ impl TensorFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self, HfError> {
         let path = path.as_ref();
         let bad = |reason: String| HfError::safetensors(path, reason);
-        let mut file = File::open(path).map_err(|e| HfError::io(path, e))?;
-        let meta = file.metadata().map_err(|e| HfError::io(path, e))?;
+        let mut file = File::open(path).map_err(|e| HfError::read(path, e))?;
+        let meta = file.metadata().map_err(|e| HfError::read(path, e))?;
         if meta.is_dir() {
-            return Err(HfError::io(path, io::ErrorKind::IsADirectory.into()));
+            return Err(HfError::read(path, io::ErrorKind::IsADirectory.into()));
         }
         let total = meta.len();
         let mut prefix = [0u8; PREFIX as usize];
         if total < PREFIX {
             return Err(bad(format!("{total} bytes, shorter than its first field")));
         }
-        file.read_exact(&mut prefix).map_err(|e| HfError::io(path, e))?;
+        file.read_exact(&mut prefix).map_err(|e| HfError::read(path, e))?;
         let header = u64::from_le_bytes(prefix);
         if header > MAX_HEADER || header > total - PREFIX {
             return Err(bad(format!("a header of {header} bytes in a file of {total}")));
         }
         let mut text = vec![0; header as usize];
-        file.read_exact(&mut text).map_err(|e| HfError::io(path, e))?;
+        file.read_exact(&mut text).map_err(|e| HfError::read(path, e))?;
         let metadata: Metadata =
             serde_json::from_slice(&text).map_err(|e| bad(format!("header: {e}")))?;
         let (needs, found) = (metadata.data_len() as u64, total - PREFIX - header);
@@ -128,7 +128,7 @@ impl TensorFile {
         }
         let start = self.data_start + (info.data_offsets.0 + first * width) as u64;
         let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let io = |e| HfError::io(&self.path, e);
+        let io = |e| HfError::read(&self.path, e);
         file.seek(SeekFrom::Start(start)).map_err(io)?;
         let mut bytes = vec![0u8; CHUNK.min(out.len()) * width];
         for chunk in out.chunks_mut(CHUNK) {
@@ -209,10 +209,10 @@ impl TensorFileWriter {
         let mut text = serde_json::Value::from(header).to_string().into_bytes();
         // The data begins at a multiple of eight, as the format asks.
         text.resize(text.len().next_multiple_of(8), b' ');
-        let mut out = AtomicFile::create(path).map_err(|e| HfError::io(path, e))?;
+        let mut out = AtomicFile::create(path).map_err(|e| HfError::write(path, e))?;
         (out.write_all(&(text.len() as u64).to_le_bytes()))
             .and_then(|()| out.write_all(&text))
-            .map_err(|e| HfError::io(path, e))?;
+            .map_err(|e| HfError::write(path, e))?;
         Ok(Self { out, tensors, next: 0 })
     }
 
@@ -237,7 +237,7 @@ impl TensorFileWriter {
         for chunk in data.chunks(CHUNK) {
             bytes.clear();
             bytes.extend(chunk.iter().flat_map(|x| x.to_le_bytes()));
-            self.out.write_all(&bytes).map_err(|e| HfError::io(&path, e))?;
+            self.out.write_all(&bytes).map_err(|e| HfError::write(&path, e))?;
         }
         self.next += 1;
         Ok(())
@@ -252,7 +252,7 @@ impl TensorFileWriter {
         if let Some((name, _)) = self.tensors.get(self.next) {
             return Err(HfError::safetensors(&path, format!("tensor {name} was not written")));
         }
-        self.out.commit().map_err(|e| HfError::io(&path, e))
+        self.out.commit().map_err(|e| HfError::write(&path, e))
     }
 }
 
