@@ -92,6 +92,23 @@ pub fn code_of(error: &(dyn Error + 'static)) -> Exit {
     Exit::Failed
 }
 
+/// An error and its causes in one line, `error: cause: cause`; a cause that the
+/// text before it already tells is left out.
+#[must_use]
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let part = cause.to_string();
+        if !text.ends_with(&part) {
+            text.push_str(": ");
+            text.push_str(&part);
+        }
+        next = cause.source();
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,6 +116,19 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("outer")]
     struct Outer(#[source] ExitError);
+
+    #[test]
+    fn a_chain_says_each_thing_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("a.gguf: {source}")]
+        struct Inline {
+            source: std::io::Error,
+        }
+        let inline = Inline { source: std::io::Error::other("no such file") };
+        assert_eq!(chain(&inline), "a.gguf: no such file");
+        assert_eq!(chain(&Outer(ExitError::usage("inner"))), "outer: inner");
+        assert_eq!(chain(&Outer(ExitError::bad_input(inline))), "outer: a.gguf: no such file");
+    }
 
     #[test]
     fn finds_the_code_behind_other_errors() {
