@@ -56,7 +56,7 @@ impl Layout {
     }
 
     /// Packs one row of ternary values; `out` has [`Layout::row_bytes`] bytes.
-    fn pack_row(self, trits: &[i8], out: &mut [u8]) {
+    pub fn pack_row(self, trits: &[i8], out: &mut [u8]) {
         let block = self.block_weights();
         for (b, bytes) in out.chunks_exact_mut(BLOCK_BYTES).enumerate() {
             let code = |i: usize| trits.get(b * block + i).map_or(1, |&t| (t + 1) as u8);

@@ -1,0 +1,32 @@
+//! The operations of a ternary transformer, each with a backward pass of its own.
+//!
+//! Every operation stands here twice. The *plain* version is made of burn's
+//! tensor operations: it runs on every device, autodiff derives its gradient, and
+//! it is the reference. The *fused* version runs on the CPU device through
+//! [`bitnet_kernels`], the kernels that the inference engine uses, so that a
+//! trained model and its packed file compute the same bits up to the head. Tests
+//! compare the two.
+
+mod attention;
+mod bit_linear;
+mod cpu;
+mod embedding;
+mod gated;
+mod head;
+mod rms_norm;
+
+pub use attention::{AttentionShape, attention};
+pub use bit_linear::{bit_linear, linear, quantize_weight_ste};
+pub use embedding::{embed, round_to};
+pub use gated::gated;
+pub use head::{cross_entropy, logits};
+pub use rms_norm::rms_norm;
+
+/// The plain versions: burn's tensor operations, on any device.
+pub mod plain {
+    pub use super::attention::plain as attention;
+    pub use super::bit_linear::plain as bit_linear;
+    pub use super::gated::plain as gated;
+    pub use super::head::{plain_cross_entropy as cross_entropy, plain_logits as logits};
+    pub use super::rms_norm::plain as rms_norm;
+}
