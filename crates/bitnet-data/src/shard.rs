@@ -1,0 +1,459 @@
+//! Token shards: the files between tokenisation and training.
+//!
+//! # Format, version 1
+//!
+//! All integers little-endian; a header of 128 bytes, then the payload.
+//!
+//! | offset | bytes | content |
+//! |---|---|---|
+//! | 0 | 4 | magic `BNSH` |
+//! | 4 | 4 | version, 1 |
+//! | 8 | 4 | bytes per token: 2 (vocabulary up to 65 536) or 4 |
+//! | 12 | 4 | vocabulary size: every token is below it |
+//! | 16 | 32 | SHA-256 of the `tokenizer.json` |
+//! | 48 | 8 | tokens |
+//! | 56 | 8 | documents |
+//! | 64 | 32 | SHA-256 of the payload |
+//! | 96 | 4 | the token that ends a document |
+//! | 100 | 28 | zero |
+//! | 128 | tokens × bytes per token | the tokens |
+//!
+//! The payload begins at a multiple of 64 bytes and ends with the file. Each
+//! document is its tokens followed by the end token; there is no other table of
+//! documents. A document never spans two shards.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use bitnet_format::atomic::AtomicFile;
+use memmap2::Mmap;
+use sha2::{Digest, Sha256};
+
+use crate::error::DataError;
+use crate::hash::{hex, sha256};
+
+const MAGIC: [u8; 4] = *b"BNSH";
+/// The format version that this code writes and reads.
+pub const VERSION: u32 = 1;
+/// Bytes before the payload: a multiple of 64.
+pub const HEADER_BYTES: usize = 128;
+
+/// The header of a shard.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ShardHeader {
+    /// Bytes per token: 2 or 4.
+    pub token_bytes: u32,
+    /// Every token is below it.
+    pub vocab_size: u32,
+    /// SHA-256 of the `tokenizer.json` the tokens come from.
+    pub tokenizer_sha256: [u8; 32],
+    /// Tokens in the payload, end tokens included.
+    pub tokens: u64,
+    /// Documents in the payload.
+    pub documents: u64,
+    /// SHA-256 of the payload.
+    pub payload_sha256: [u8; 32],
+    /// The token that ends a document.
+    pub eos_id: u32,
+}
+
+impl ShardHeader {
+    fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        bytes[0..4].copy_from_slice(&MAGIC);
+        bytes[4..8].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.token_bytes.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.vocab_size.to_le_bytes());
+        bytes[16..48].copy_from_slice(&self.tokenizer_sha256);
+        bytes[48..56].copy_from_slice(&self.tokens.to_le_bytes());
+        bytes[56..64].copy_from_slice(&self.documents.to_le_bytes());
+        bytes[64..96].copy_from_slice(&self.payload_sha256);
+        bytes[96..100].copy_from_slice(&self.eos_id.to_le_bytes());
+        bytes
+    }
+
+    fn decode(file: &[u8]) -> Result<Self, String> {
+        if file.len() < MAGIC.len() || file[..4] != MAGIC {
+            let found = &file[..file.len().min(4)];
+            return Err(format!(
+                "is not a token shard: expected the magic `BNSH`, found `{}`",
+                found.escape_ascii()
+            ));
+        }
+        if file.len() < HEADER_BYTES {
+            return Err(format!(
+                "truncated: {} bytes, and the header alone is {HEADER_BYTES}",
+                file.len()
+            ));
+        }
+        let version = u32_at(file, 4);
+        if version != VERSION {
+            return Err(format!("shard version {version}; this program reads version {VERSION}"));
+        }
+        let header = Self {
+            token_bytes: u32_at(file, 8),
+            vocab_size: u32_at(file, 12),
+            tokenizer_sha256: array_at(file, 16),
+            tokens: u64::from_le_bytes(array_at(file, 48)),
+            documents: u64::from_le_bytes(array_at(file, 56)),
+            payload_sha256: array_at(file, 64),
+            eos_id: u32_at(file, 96),
+        };
+        if header.token_bytes != 2 && header.token_bytes != 4 {
+            return Err(format!("{} bytes per token; expected 2 or 4", header.token_bytes));
+        }
+        let expected = header
+            .tokens
+            .checked_mul(u64::from(header.token_bytes))
+            .and_then(|n| n.checked_add(HEADER_BYTES as u64));
+        if expected != Some(file.len() as u64) {
+            return Err(format!(
+                "truncated or damaged: {} tokens of {} bytes need {} bytes, the file has {}",
+                header.tokens,
+                header.token_bytes,
+                expected.map_or_else(|| "more than 2⁶⁴".into(), |n| n.to_string()),
+                file.len()
+            ));
+        }
+        Ok(header)
+    }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(array_at(bytes, at))
+}
+
+/// `bytes[at..at + N]`; the caller has checked the length.
+fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(&bytes[at..at + N]);
+    array
+}
+
+/// Writes one shard, which appears under its name when it is complete.
+#[derive(Debug)]
+pub struct ShardWriter {
+    file: AtomicFile,
+    header: ShardHeader,
+    payload: Sha256,
+    /// The bytes of the document being written.
+    bytes: Vec<u8>,
+}
+
+impl ShardWriter {
+    /// Begins a shard of tokens below `vocab_size` whose documents end with
+    /// `eos_id`.
+    ///
+    /// # Errors
+    /// [`DataError::Write`].
+    pub fn create(
+        path: &Path,
+        vocab_size: u32,
+        eos_id: u32,
+        tokenizer_sha256: [u8; 32],
+    ) -> Result<Self, DataError> {
+        let mut file = AtomicFile::create(path).map_err(DataError::Write)?;
+        file.write_all(&[0; HEADER_BYTES]).map_err(|e| write_error(path, e))?;
+        Ok(Self {
+            file,
+            header: ShardHeader {
+                token_bytes: if vocab_size <= 1 << 16 { 2 } else { 4 },
+                vocab_size,
+                tokenizer_sha256,
+                tokens: 0,
+                documents: 0,
+                payload_sha256: [0; 32],
+                eos_id,
+            },
+            payload: Sha256::new(),
+            bytes: Vec::new(),
+        })
+    }
+
+    /// Tokens written so far.
+    #[must_use]
+    pub fn tokens(&self) -> u64 {
+        self.header.tokens
+    }
+
+    /// Appends a document's `tokens` and the end token.
+    ///
+    /// # Errors
+    /// [`DataError::Write`]; [`DataError::File`] for a token that is not below
+    /// the vocabulary size.
+    pub fn push_document(&mut self, tokens: &[u32]) -> Result<(), DataError> {
+        self.bytes.clear();
+        for &token in tokens.iter().chain([&self.header.eos_id]) {
+            if token >= self.header.vocab_size {
+                return Err(DataError::file(
+                    self.file.dest(),
+                    format!(
+                        "token {token} is not below the vocabulary of {}",
+                        self.header.vocab_size
+                    ),
+                ));
+            }
+            // A width of 2 implies that tokens are below 2¹⁶.
+            let width = self.header.token_bytes as usize;
+            self.bytes.extend_from_slice(&token.to_le_bytes()[..width]);
+        }
+        self.payload.update(&self.bytes);
+        self.file.write_all(&self.bytes).map_err(|e| write_error(self.file.dest(), e))?;
+        self.header.tokens += tokens.len() as u64 + 1;
+        self.header.documents += 1;
+        Ok(())
+    }
+
+    /// Writes the header and gives the file its name.
+    ///
+    /// # Errors
+    /// [`DataError::Write`].
+    pub fn finish(mut self) -> Result<ShardHeader, DataError> {
+        self.header.payload_sha256 = self.payload.finalize().into();
+        let path = self.file.dest().to_path_buf();
+        self.file
+            .seek(SeekFrom::Start(0))
+            .and_then(|_| self.file.write_all(&self.header.encode()))
+            .map_err(|e| write_error(&path, e))?;
+        self.file.commit().map_err(DataError::Write)?;
+        Ok(self.header)
+    }
+}
+
+fn write_error(path: &Path, e: std::io::Error) -> DataError {
+    DataError::Write(std::io::Error::new(e.kind(), format!("{}: {e}", path.display())))
+}
+
+/// A memory-mapped shard.
+#[derive(Debug)]
+pub struct ShardReader {
+    path: PathBuf,
+    map: Mmap,
+    header: ShardHeader,
+}
+
+impl ShardReader {
+    /// Maps a shard and checks its magic, version and size; the payload is not
+    /// read (see [`verify`](Self::verify)).
+    ///
+    /// # Errors
+    /// [`DataError::Read`] and [`DataError::File`], naming the file and the
+    /// numbers.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, DataError> {
+        let path = path.as_ref();
+        let map = map(path).map_err(DataError::read(path))?;
+        let header = ShardHeader::decode(&map).map_err(|what| DataError::file(path, what))?;
+        Ok(Self { path: path.to_path_buf(), map, header })
+    }
+
+    /// The checked header.
+    #[must_use]
+    pub fn header(&self) -> &ShardHeader {
+        &self.header
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Copies tokens `start..start + into.len()` of the payload.
+    ///
+    /// # Errors
+    /// [`DataError::File`] for a range beyond the shard and for a token that is
+    /// not below the vocabulary size.
+    pub fn read(&self, start: u64, into: &mut [u32]) -> Result<(), DataError> {
+        let end = start.checked_add(into.len() as u64);
+        let (Some(end), true) = (end, end <= Some(self.header.tokens)) else {
+            let what = format!(
+                "tokens {start} and {} on: the shard has {}",
+                into.len(),
+                self.header.tokens
+            );
+            return Err(DataError::file(&self.path, what));
+        };
+        let bytes = &self.payload()[self.byte(start)..self.byte(end)];
+        let mut largest = 0;
+        if self.header.token_bytes == 2 {
+            for (token, b) in into.iter_mut().zip(bytes.chunks_exact(2)) {
+                *token = u32::from(u16::from_le_bytes([b[0], b[1]]));
+                largest = largest.max(*token);
+            }
+        } else {
+            for (token, b) in into.iter_mut().zip(bytes.chunks_exact(4)) {
+                *token = u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                largest = largest.max(*token);
+            }
+        }
+        if largest >= self.header.vocab_size {
+            let at = into.iter().position(|&t| t == largest).unwrap_or(0) as u64;
+            let what = format!(
+                "token {largest} at position {} is not below the vocabulary of {}",
+                start + at,
+                self.header.vocab_size
+            );
+            return Err(DataError::file(&self.path, what));
+        }
+        Ok(())
+    }
+
+    /// Reads the whole payload: its checksum, every token, and the end of the
+    /// last document.
+    ///
+    /// # Errors
+    /// [`DataError::File`] with what was expected and what was found.
+    pub fn verify(&self) -> Result<(), DataError> {
+        let bad = |what: String| Err(DataError::file(&self.path, what));
+        let found = sha256(self.payload());
+        if found != self.header.payload_sha256 {
+            return bad(format!(
+                "damaged: the header says sha256 {}, the payload has {}",
+                hex(&self.header.payload_sha256),
+                hex(&found)
+            ));
+        }
+        let mut buffer = vec![0; 1 << 16];
+        let mut last = None;
+        let mut start = 0;
+        while start < self.header.tokens {
+            let n =
+                buffer.len().min(usize::try_from(self.header.tokens - start).unwrap_or(usize::MAX));
+            self.read(start, &mut buffer[..n])?;
+            last = Some(buffer[n - 1]);
+            start += n as u64;
+        }
+        if last.is_some_and(|t| t != self.header.eos_id) {
+            return bad(format!(
+                "the last document ends with token {}, not {}",
+                last.unwrap_or(0),
+                self.header.eos_id
+            ));
+        }
+        Ok(())
+    }
+
+    fn payload(&self) -> &[u8] {
+        &self.map[HEADER_BYTES..]
+    }
+
+    /// The byte of the payload at which a token begins. `token` is at most
+    /// `header.tokens`, and the whole payload fits the address space.
+    fn byte(&self, token: u64) -> usize {
+        token as usize * self.header.token_bytes as usize
+    }
+}
+
+#[allow(unsafe_code)]
+fn map(path: &Path) -> std::io::Result<Mmap> {
+    let file = File::open(path)?;
+    // SAFETY: the map is read-only, and shards are never changed in place: this
+    // crate writes them under a temporary name, renames them, and replaces a
+    // whole file if at all, which leaves the mapped one as it was.
+    unsafe { Mmap::map(&file) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::fs;
+
+    fn write(path: &Path, vocab: u32, documents: &[Vec<u32>]) -> ShardHeader {
+        let mut w = ShardWriter::create(path, vocab, 0, [7; 32]).unwrap();
+        for d in documents {
+            w.push_document(d).unwrap();
+        }
+        w.finish().unwrap()
+    }
+
+    #[test]
+    fn damaged_shards_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("train-00000.bin");
+        write(&path, 300, &[vec![1, 2, 3], vec![299]]);
+        let good = fs::read(&path).unwrap();
+        assert_eq!(good.len(), HEADER_BYTES + 2 * 6);
+        let edit = |at: usize, value: u8| {
+            let mut b = good.clone();
+            b[at] = value;
+            b
+        };
+        for (content, expected) in [
+            (vec![], "is not a token shard: expected the magic `BNSH`, found ``"),
+            (b"GGUF1234".to_vec(), "expected the magic `BNSH`, found `GGUF`"),
+            (good[..100].to_vec(), "truncated: 100 bytes, and the header alone is 128"),
+            (good[..138].to_vec(), "6 tokens of 2 bytes need 140 bytes, the file has 138"),
+            ([&good[..], &[0]].concat(), "need 140 bytes, the file has 141"),
+            (edit(4, 9), "shard version 9; this program reads version 1"),
+            (edit(8, 3), "3 bytes per token; expected 2 or 4"),
+            (edit(55, 255), "more than 2⁶⁴ bytes, the file has 140"),
+        ] {
+            fs::write(&path, content).unwrap();
+            let e = ShardReader::open(&path).unwrap_err().to_string();
+            assert!(e.contains("train-00000.bin") && e.contains(expected), "{e}");
+        }
+        // What only reading the payload finds.
+        fs::write(&path, edit(129, 200)).unwrap();
+        let e = ShardReader::open(&path).unwrap().verify().unwrap_err().to_string();
+        assert!(e.contains("damaged: the header says sha256"), "{e}");
+        let mut out = [0; 6];
+        let e = ShardReader::open(&path).unwrap().read(0, &mut out).unwrap_err().to_string();
+        assert!(e.contains("token 51201 at position 0 is not below the vocabulary of 300"), "{e}");
+        fs::write(&path, edit(12, 3)).unwrap();
+        let e = ShardReader::open(&path).unwrap().verify().unwrap_err().to_string();
+        assert!(e.contains("is not below the vocabulary of 259"), "{e}");
+        let e = ShardReader::open(dir.path().join("none")).unwrap_err();
+        assert!(matches!(e, DataError::Read { .. }));
+    }
+
+    #[test]
+    fn ranges_beyond_the_shard_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.bin");
+        write(&path, 300, &[vec![1, 2, 3]]);
+        let shard = ShardReader::open(&path).unwrap();
+        let mut out = [0; 2];
+        assert!(shard.read(2, &mut out).is_ok());
+        assert!(shard.read(3, &mut out).is_err());
+        assert!(shard.read(u64::MAX, &mut out).is_err());
+    }
+
+    #[test]
+    fn tokens_outside_the_vocabulary_are_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s.bin");
+        let mut w = ShardWriter::create(&path, 300, 0, [0; 32]).unwrap();
+        let e = w.push_document(&[299, 300]).unwrap_err().to_string();
+        assert!(e.contains("token 300 is not below the vocabulary of 300"), "{e}");
+        drop(w);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_written_is_read(
+            documents in proptest::collection::vec(proptest::collection::vec(0u32..70_000, 0..40), 1..20),
+            wide: bool,
+        ) {
+            let vocab = if wide { 70_000 } else { 65_536 };
+            let documents: Vec<Vec<u32>> = documents
+                .into_iter()
+                .map(|d| d.into_iter().map(|t| t % vocab).collect())
+                .collect();
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("s.bin");
+            let header = write(&path, vocab, &documents);
+            let shard = ShardReader::open(&path).unwrap();
+            prop_assert_eq!(shard.header(), &header);
+            prop_assert_eq!(header.token_bytes, if wide { 4 } else { 2 });
+            prop_assert_eq!(header.documents, documents.len() as u64);
+            shard.verify().unwrap();
+            let expected: Vec<u32> = documents.iter().flat_map(|d| d.iter().copied().chain([0])).collect();
+            let mut out = vec![0; expected.len()];
+            shard.read(0, &mut out).unwrap();
+            prop_assert_eq!(out, expected);
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Where text comes from: the first station of the path. A [`Source`] is opened
+//! into [`Inputs`], a fixed list of files, whose documents can be streamed any
+//! number of times in the same order.
+
+mod cargo;
+mod files;
+mod jsonl;
+mod parquet;
+mod text;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::DataError;
+use crate::hash::hex;
+pub use text::TextSplit;
+
+/// One piece of text that is trained on, split and counted as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Document {
+    /// Where it comes from: a path, with a line, row or part number behind it
+    /// where one file holds several.
+    pub name: String,
+    /// The text, as it will be tokenised.
+    pub text: String,
+}
+
+/// What to read.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Source {
+    /// The `.rs` and `.md` files of the registry packages that a workspace's
+    /// `Cargo.lock` pins, as cargo has unpacked them on this machine.
+    Cargo {
+        /// The workspace, or any folder below it.
+        workspace: PathBuf,
+    },
+    /// Files and folders.
+    Files(FileOptions),
+}
+
+/// Files and folders, and how they are taken apart.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct FileOptions {
+    /// Files (`.jsonl` and `.parquet` by their ending, all others as text) and
+    /// folders, searched for `.txt`, `.md`, `.jsonl`, `.parquet` and
+    /// [`extensions`](Self::extensions).
+    pub paths: Vec<PathBuf>,
+    /// More endings, without the dot, of text files to take from folders.
+    pub extensions: Vec<String>,
+    /// How a text file becomes documents.
+    pub split: TextSplit,
+    /// The field of a jsonl line that holds the text.
+    pub field: String,
+    /// The column of a parquet file that holds the text.
+    pub column: String,
+}
+
+impl Default for FileOptions {
+    fn default() -> Self {
+        Self {
+            paths: Vec::new(),
+            extensions: Vec::new(),
+            split: TextSplit::File,
+            field: "text".into(),
+            column: "text".into(),
+        }
+    }
+}
+
+/// A stream of documents, or the first error in it.
+pub type Documents<'a> = Box<dyn Iterator<Item = Result<Document, DataError>> + 'a>;
+
+/// How one input file is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A package's source file: skipped when it is not UTF-8 or says that a
+    /// program wrote it.
+    Package,
+    Text,
+    Jsonl,
+    Parquet,
+}
+
+/// One input file.
+#[derive(Debug, Clone)]
+pub(crate) struct Input {
+    pub(crate) path: PathBuf,
+    /// The name its documents carry; the same on every machine for packages.
+    pub(crate) name: String,
+    pub(crate) kind: Kind,
+    /// Bytes.
+    pub(crate) size: u64,
+    /// Nanoseconds since 1970; 0 for packages, whose content never changes.
+    pub(crate) modified: u128,
+}
+
+/// The files of an opened [`Source`], in a fixed order.
+#[derive(Debug)]
+pub struct Inputs {
+    inputs: Vec<Input>,
+    options: FileOptions,
+    missing_packages: Vec<String>,
+    packages: usize,
+}
+
+impl Source {
+    /// Finds the input files.
+    ///
+    /// # Errors
+    /// [`DataError::Read`] for a path that is not there, [`DataError::Empty`]
+    /// where no input file is found.
+    pub fn open(&self) -> Result<Inputs, DataError> {
+        match self {
+            Self::Cargo { workspace } => {
+                let found = cargo::find(workspace)?;
+                Ok(Inputs {
+                    inputs: found.inputs,
+                    options: FileOptions::default(),
+                    missing_packages: found.missing,
+                    packages: found.packages,
+                })
+            }
+            Self::Files(options) => Ok(Inputs {
+                inputs: files::find(options)?,
+                options: options.clone(),
+                missing_packages: Vec::new(),
+                packages: 0,
+            }),
+        }
+    }
+}
+
+impl Inputs {
+    /// Files to read.
+    #[must_use]
+    pub fn files(&self) -> usize {
+        self.inputs.len()
+    }
+
+    /// Their bytes on disk, compressed where they are (parquet).
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.inputs.iter().map(|i| i.size).sum()
+    }
+
+    /// Packages found; 0 for other sources.
+    #[must_use]
+    pub fn packages(&self) -> usize {
+        self.packages
+    }
+
+    /// Packages (`name-version`) that the lock file names and cargo has not
+    /// fetched, such as those of other platforms.
+    #[must_use]
+    pub fn missing_packages(&self) -> &[String] {
+        &self.missing_packages
+    }
+
+    /// SHA-256 over the names, sizes and modification times of the files: a
+    /// change means that the corpus may have changed.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for i in &self.inputs {
+            hash.update(format!("{}\0{}\0{}\n", i.name, i.size, i.modified));
+        }
+        hex(&hash.finalize())
+    }
+
+    /// All documents, in the same order each time. `on_file` is told the bytes
+    /// of each file before it is read.
+    pub fn documents<'a>(&'a self, mut on_file: impl FnMut(u64) + 'a) -> Documents<'a> {
+        Box::new(self.inputs.iter().flat_map(move |input| {
+            on_file(input.size);
+            self.read(input)
+        }))
+    }
+
+    fn read<'a>(&'a self, input: &'a Input) -> Documents<'a> {
+        match input.kind {
+            Kind::Package => match cargo::read(input) {
+                Ok(document) => Box::new(document.into_iter().map(Ok)),
+                Err(e) => Box::new(std::iter::once(Err(e))),
+            },
+            Kind::Text => text::documents(input, &self.options.split),
+            Kind::Jsonl => jsonl::documents(input, &self.options.field),
+            Kind::Parquet => parquet::documents(input, &self.options.column),
+        }
+    }
+}
+
+/// A stream of one error.
+fn failed<'a>(error: DataError) -> Documents<'a> {
+    Box::new(std::iter::once(Err(error)))
+}
