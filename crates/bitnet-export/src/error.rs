@@ -1,0 +1,119 @@
+//! What can go wrong in an export, and whose fault it is.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bitnet_core::{Exit, ExitError, MatrixError};
+use bitnet_engine::EngineError;
+use bitnet_format::gguf::GgufError;
+use bitnet_format::hf::HfError;
+use bitnet_format::tokenizer::TokenizerError;
+
+/// An export that failed. Nothing lies under the destination's name that did
+/// not lie there before.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages name the fields")]
+pub enum ExportError {
+    /// There is nothing of that name.
+    #[error("{}: there is no such folder", .0.display())]
+    NoFolder(PathBuf),
+    /// A folder without a checkpoint.
+    #[error(
+        "{}: holds no checkpoint (config.json and model.safetensors), and no checkpoints folder \
+         with one",
+        .0.display()
+    )]
+    NoCheckpoint(PathBuf),
+    /// A folder stands where the file should go.
+    #[error("{}: is a folder, the name of a file is needed", .0.display())]
+    DestinationIsFolder(PathBuf),
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Checkpoint(#[from] HfError),
+    /// Its tokenizer cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// A file beside the weights cannot be read.
+    #[error("{}: cannot be read", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    /// A file beside the weights makes no sense.
+    #[error("{}: {what}", path.display())]
+    Invalid { path: PathBuf, what: String },
+    /// A weight that is NaN or infinite, or becomes so in the type it is
+    /// stored in.
+    #[error("{}: tensor {tensor}, element {at:?}: {value} is not a finite {dtype}", path.display())]
+    NotFinite { path: PathBuf, tensor: String, at: Vec<usize>, value: f32, dtype: &'static str },
+    /// A matrix could not be packed.
+    #[error("tensor {tensor}")]
+    Matrix { tensor: String, source: MatrixError },
+    /// The destination cannot be written.
+    #[error("{}: cannot be written", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    /// The container could not be written or read back.
+    #[error("the packed file")]
+    Container(#[from] GgufError),
+    /// The file differs from the checkpoint.
+    #[error("read back, tensor {tensor}, element {at:?}: expected {expected}, found {found}")]
+    Differs { tensor: String, at: Vec<usize>, expected: String, found: String },
+    /// The engine cannot run the file.
+    #[error("the engine cannot run the packed file")]
+    Engine(#[from] EngineError),
+    /// The engine's logits are not training's.
+    #[error(
+        "golden logits: at token {token} training has {expected}, the engine {found}: they differ \
+         by {difference:e}, {tolerance:e} is allowed"
+    )]
+    Golden { token: usize, expected: f32, found: f32, difference: f32, tolerance: f32 },
+    /// The engine's logits are near training's, and choose another token.
+    #[error(
+        "golden logits: training's largest is at token {expected} ({expected_logit}), the \
+         engine's at token {found} ({found_logit})"
+    )]
+    GoldenArgmax { expected: usize, expected_logit: f32, found: usize, found_logit: f32 },
+    /// The user broke it off.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl ExportError {
+    /// The exit code of a binary that ends with this error.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::NoFolder(_)
+            | Self::NoCheckpoint(_)
+            | Self::Checkpoint(_)
+            | Self::Tokenizer(_)
+            | Self::Read { .. }
+            | Self::Invalid { .. }
+            | Self::NotFinite { .. } => Exit::BadInput,
+            Self::DestinationIsFolder(_) => Exit::Usage,
+            Self::Matrix { .. }
+            | Self::Write { .. }
+            | Self::Container(_)
+            | Self::Differs { .. }
+            | Self::Engine(_)
+            | Self::Golden { .. }
+            | Self::GoldenArgmax { .. } => Exit::Failed,
+            Self::Interrupted => Exit::Interrupted,
+        }
+    }
+}
+
+impl From<ExportError> for ExitError {
+    fn from(error: ExportError) -> Self {
+        Self::new(error.exit(), error)
+    }
+}
+
+/// Gives an I/O error on the destination its path.
+pub(crate) trait Named<T> {
+    /// The same result with the path in the error.
+    fn named(self, path: &Path) -> Result<T, ExportError>;
+}
+
+impl<T> Named<T> for io::Result<T> {
+    fn named(self, path: &Path) -> Result<T, ExportError> {
+        self.map_err(|source| ExportError::Write { path: path.into(), source })
+    }
+}
