@@ -10,6 +10,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod atomic;
+pub mod byte_level;
 pub mod gguf;
 pub mod hf;
 pub mod json;

@@ -1,0 +1,360 @@
+//! An opened model: its configuration and its tensors, in place in the file.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use bitnet_core::names::{Linear, Norm};
+use bitnet_core::{Dtype, Layout, ModelConfig};
+use bitnet_kernels::{DenseRows, TernaryRows};
+use half::{bf16, f16};
+use memmap2::Mmap;
+
+use crate::error::EngineError;
+use crate::load;
+use crate::map::map;
+use crate::tokenizer::Tokenizer;
+
+/// `general.architecture` of the files that [`Model::open`] reads.
+pub const ARCHITECTURE: &str = "bitnet-packed";
+
+/// How a model file is opened.
+#[derive(Debug, Clone, Default)]
+pub struct LoadOptions {
+    /// Scan every weight for values that no exporter writes ([`Model::verify`]).
+    pub verify: bool,
+    /// Ask the system to read the file ahead, instead of page by page on use.
+    pub prefetch: bool,
+}
+
+/// A packed model, memory-mapped. Cloning shares it.
+#[derive(Debug, Clone)]
+pub struct Model(pub(crate) Arc<Inner>);
+
+/// What a [`Model`] shares.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) map: Mmap,
+    pub(crate) file: String,
+    pub(crate) weights: Weights,
+}
+
+/// What the file says, and where its tensors lie in the map.
+#[derive(Debug)]
+pub(crate) struct Weights {
+    pub(crate) name: String,
+    pub(crate) config: ModelConfig,
+    pub(crate) layout: Layout,
+    pub(crate) tokenizer: TokenizerSource,
+    pub(crate) golden: Option<Golden>,
+    pub(crate) embedding: DenseTensor,
+    pub(crate) head: Option<DenseTensor>,
+    pub(crate) final_norm: Vec<f32>,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) parts: Parts,
+}
+
+/// The tokenizer as the file holds it, parsed on demand.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct TokenizerSource {
+    pub(crate) json: String,
+    pub(crate) bos: Option<u32>,
+    pub(crate) eos: Vec<u32>,
+    pub(crate) chat_template: Option<String>,
+}
+
+/// A block's tensors.
+#[derive(Debug)]
+pub(crate) struct Layer {
+    pub(crate) attention_norm: Vec<f32>,
+    pub(crate) attention_sub_norm: Option<Vec<f32>>,
+    pub(crate) ffn_norm: Vec<f32>,
+    pub(crate) ffn_sub_norm: Option<Vec<f32>>,
+    /// In the order of [`Linear::ALL`].
+    pub(crate) linears: [LinearTensor; 7],
+}
+
+/// Where a linear layer lies.
+#[derive(Debug)]
+pub(crate) enum LinearTensor {
+    /// Packed rows with one scale.
+    Ternary { range: Range<usize>, cols: usize, weight_scale: f32 },
+    /// Float rows.
+    Dense(DenseTensor),
+}
+
+/// Where a float matrix lies.
+#[derive(Debug)]
+pub(crate) struct DenseTensor {
+    pub(crate) range: Range<usize>,
+    pub(crate) cols: usize,
+    pub(crate) dtype: Dtype,
+}
+
+/// The weight of a linear layer, in place.
+#[derive(Debug, Clone, Copy)]
+pub enum LinearRef<'a> {
+    /// Packed ternary rows; activations are quantised to int8.
+    Ternary(TernaryRows<'a>),
+    /// Float rows of a twin; activations stay float.
+    Dense {
+        /// The rows.
+        rows: DenseRows<'a>,
+        /// Their length.
+        cols: usize,
+    },
+}
+
+/// A prompt and what training computed for it, stored by the exporter.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Golden {
+    /// The prompt.
+    pub tokens: Vec<u32>,
+    /// The logits at its last position, `[V]`.
+    pub logits: Vec<f32>,
+}
+
+/// Bytes of a model file by part; the sum is the size of the file.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Parts {
+    /// Packed ternary rows, padding to whole blocks included, and their scales.
+    pub ternary: u64,
+    /// Float weights of the linear layers (float twins only).
+    pub dense: u64,
+    /// The token embedding.
+    pub embedding: u64,
+    /// The head; 0 when tied to the embedding.
+    pub head: u64,
+    /// All norms.
+    pub norms: u64,
+    /// Keys, tokenizer, tensor directory and alignment.
+    pub metadata: u64,
+}
+
+impl Parts {
+    /// The size of the file.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.ternary + self.dense + self.embedding + self.head + self.norms + self.metadata
+    }
+}
+
+impl Model {
+    /// Opens a packed model: maps it, checks every key and tensor against the
+    /// configuration, and copies nothing but the norms.
+    ///
+    /// The file must not be rewritten in place or truncated while the model is
+    /// in use; replacing it by rename is safe.
+    ///
+    /// # Errors
+    /// A file that is missing, truncated, foreign, or whose keys and tensors do
+    /// not make the model they describe; the message names the part.
+    pub fn open(path: &Path, options: &LoadOptions) -> Result<Self, EngineError> {
+        let file = path.display().to_string();
+        let map = map(path, options.prefetch)
+            .map_err(|source| EngineError::Io { file: file.clone(), source })?;
+        let weights = load::load(&map, &file)?;
+        let model = Self(Arc::new(Inner { map, file, weights }));
+        if options.verify {
+            model.verify()?;
+        }
+        Ok(model)
+    }
+
+    /// Reads every weight: packed codes that are no ternary value, and float
+    /// weights that are not finite. Takes as long as reading the file.
+    ///
+    /// # Errors
+    /// The first such weight, with its tensor and row.
+    pub fn verify(&self) -> Result<(), EngineError> {
+        load::verify(&self.0)
+    }
+
+    /// The configuration.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.0.weights.config
+    }
+
+    /// The name in the file (`general.name`), empty when it has none.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0.weights.name
+    }
+
+    /// The file it was opened from.
+    #[must_use]
+    pub fn file(&self) -> &str {
+        &self.0.file
+    }
+
+    /// The byte layout of the ternary matrices.
+    #[must_use]
+    pub fn layout(&self) -> Layout {
+        self.0.weights.layout
+    }
+
+    /// The tokenizer, parsed anew: keep it.
+    ///
+    /// # Errors
+    /// A tokenizer that cannot be parsed, that is not byte-level, or that has
+    /// tokens outside the model's vocabulary.
+    pub fn tokenizer(&self) -> Result<Tokenizer, EngineError> {
+        let source = &self.0.weights.tokenizer;
+        Tokenizer::from_json(&source.json, source.bos, &source.eos, self.config().vocab_size)
+            .map_err(|why| EngineError::Tokenizer { file: self.0.file.clone(), why })
+    }
+
+    /// The whole `tokenizer.json` that the file holds.
+    #[must_use]
+    pub fn tokenizer_json(&self) -> &str {
+        &self.0.weights.tokenizer.json
+    }
+
+    /// The chat template (Jinja), where the file has one.
+    #[must_use]
+    pub fn chat_template(&self) -> Option<&str> {
+        self.0.weights.tokenizer.chat_template.as_deref()
+    }
+
+    /// The prompt and logits that the exporter stored, where it did.
+    #[must_use]
+    pub fn golden(&self) -> Option<&Golden> {
+        self.0.weights.golden.as_ref()
+    }
+
+    /// Bytes by part.
+    #[must_use]
+    pub fn parts(&self) -> Parts {
+        self.0.weights.parts
+    }
+
+    /// The size of the file in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.map.len() as u64
+    }
+
+    /// Bytes of weights that one decoded token reads: all linear layers and the
+    /// head (the tied embedding), not the embedding look-up.
+    #[must_use]
+    pub fn bytes_per_token(&self) -> u64 {
+        let parts = self.parts();
+        let head = if self.0.weights.head.is_some() { parts.head } else { parts.embedding };
+        parts.ternary + parts.dense + head + parts.norms
+    }
+
+    /// The weight `[out, in]` of a linear layer.
+    ///
+    /// # Panics
+    /// If there is no block `layer`.
+    #[must_use]
+    pub fn linear(&self, layer: usize, linear: Linear) -> LinearRef<'_> {
+        self.0.linear(layer, linear)
+    }
+
+    /// The weight of a norm; none where the model has no such norm.
+    ///
+    /// # Panics
+    /// If there is no block `layer`.
+    #[must_use]
+    pub fn norm(&self, layer: usize, norm: Norm) -> Option<&[f32]> {
+        let layer = &self.0.weights.layers[layer];
+        match norm {
+            Norm::Attention => Some(&layer.attention_norm),
+            Norm::AttentionSub => layer.attention_sub_norm.as_deref(),
+            Norm::FeedForward => Some(&layer.ffn_norm),
+            Norm::FeedForwardSub => layer.ffn_sub_norm.as_deref(),
+        }
+    }
+
+    /// The token embedding, `[V, D]`.
+    #[must_use]
+    pub fn embedding(&self) -> DenseRows<'_> {
+        self.0.dense(&self.0.weights.embedding)
+    }
+
+    /// The head, `[V, D]`: the embedding when tied.
+    #[must_use]
+    pub fn head(&self) -> DenseRows<'_> {
+        self.0.head()
+    }
+}
+
+impl Inner {
+    pub(crate) fn linear(&self, layer: usize, linear: Linear) -> LinearRef<'_> {
+        // The variants are declared in the order of `Linear::ALL`.
+        match &self.weights.layers[layer].linears[linear as usize] {
+            LinearTensor::Ternary { range, cols, weight_scale } => {
+                LinearRef::Ternary(TernaryRows {
+                    layout: self.weights.layout,
+                    cols: *cols,
+                    weight_scale: *weight_scale,
+                    bytes: &self.map[range.clone()],
+                })
+            }
+            LinearTensor::Dense(t) => LinearRef::Dense { rows: self.dense(t), cols: t.cols },
+        }
+    }
+
+    pub(crate) fn head(&self) -> DenseRows<'_> {
+        self.dense(self.weights.head.as_ref().unwrap_or(&self.weights.embedding))
+    }
+
+    pub(crate) fn dense(&self, tensor: &DenseTensor) -> DenseRows<'_> {
+        tensor.rows(&self.map)
+    }
+}
+
+impl DenseTensor {
+    /// The rows in the map that the tensor was found in.
+    pub(crate) fn rows<'a>(&self, map: &'a [u8]) -> DenseRows<'a> {
+        let bytes = &map[self.range.clone()];
+        // Loading refuses a tensor that is not 64-byte aligned, or whose size is
+        // not whole elements: what `cast_slice` demands.
+        match self.dtype {
+            Dtype::F32 => DenseRows::F32(bytemuck::cast_slice::<u8, f32>(bytes)),
+            Dtype::F16 => DenseRows::F16(bytemuck::cast_slice::<u8, f16>(bytes)),
+            Dtype::Bf16 => DenseRows::Bf16(bytemuck::cast_slice::<u8, bf16>(bytes)),
+        }
+    }
+}
+
+impl<'a> LinearRef<'a> {
+    /// Outputs of the layer.
+    #[must_use]
+    pub fn out_features(&self) -> usize {
+        match self {
+            Self::Ternary(w) => w.len(),
+            Self::Dense { rows, cols } => rows.len() / cols,
+        }
+    }
+
+    /// Inputs of the layer.
+    #[must_use]
+    pub fn in_features(&self) -> usize {
+        match self {
+            Self::Ternary(w) => w.cols,
+            Self::Dense { cols, .. } => *cols,
+        }
+    }
+
+    /// Bytes that a product with it reads.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Ternary(w) => w.bytes.len(),
+            Self::Dense { rows: DenseRows::F32(x), .. } => x.len() * 4,
+            Self::Dense { rows, .. } => rows.len() * 2,
+        }
+    }
+
+    /// Rows `start..end`.
+    pub(crate) fn rows(&self, start: usize, end: usize) -> LinearRef<'a> {
+        match self {
+            Self::Ternary(w) => LinearRef::Ternary(w.rows(start, end)),
+            Self::Dense { rows, cols } => {
+                LinearRef::Dense { rows: rows.rows(*cols, start, end), cols: *cols }
+            }
+        }
+    }
+}
