@@ -5,12 +5,14 @@
 //! machine.
 
 use crate::float::{dot, exp};
-use crate::isa::Kernels;
+use crate::isa::{Kernels, dispatch};
+use crate::simd::Simd;
 
 /// Gradient of `y = (x · inv) · weight` where `inv = 1 / sqrt(mean(x²) + eps)`:
 /// `dx = inv · (g·w − x · inv² · mean(g·w·x))`, and `dweight += g · x · inv`.
 #[inline(always)]
-fn rms_norm_backward(
+fn rms_norm_backward<S: Simd>(
+    isa: S,
     x: &[f32],
     weight: &[f32],
     inv_rms: f32,
@@ -21,7 +23,7 @@ fn rms_norm_backward(
     for ((dx, &g), &w) in dx.iter_mut().zip(grad).zip(weight) {
         *dx = g * w;
     }
-    let mean = dot(dx, x) / x.len() as f32;
+    let mean = dot(isa, dx, x) / x.len() as f32;
     let pull = inv_rms * inv_rms * mean;
     for ((dx, dw), (&x, &g)) in dx.iter_mut().zip(dweight).zip(x.iter().zip(grad)) {
         *dx = inv_rms * (*dx - x * pull);
@@ -65,7 +67,7 @@ impl Kernels {
         dx: &mut [f32],
         dweight: &mut [f32],
     ) {
-        rms_norm_backward(x, weight, inv_rms, grad, dx, dweight);
+        dispatch!(self, isa => rms_norm_backward(isa, x, weight, inv_rms, grad, dx, dweight));
     }
 
     /// The backward pass of [`Kernels::silu_mul`], elementwise.
@@ -77,7 +79,7 @@ impl Kernels {
         dgate: &mut [f32],
         dup: &mut [f32],
     ) {
-        silu_mul_backward(gate, up, grad, dgate, dup);
+        dispatch!(self, _isa => silu_mul_backward(gate, up, grad, dgate, dup));
     }
 
     /// The backward pass of [`Kernels::relu2_mul`], elementwise.
@@ -89,6 +91,6 @@ impl Kernels {
         dgate: &mut [f32],
         dup: &mut [f32],
     ) {
-        relu2_mul_backward(gate, up, grad, dgate, dup);
+        dispatch!(self, _isa => relu2_mul_backward(gate, up, grad, dgate, dup));
     }
 }

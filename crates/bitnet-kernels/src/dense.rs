@@ -5,6 +5,9 @@ use half::{bf16, f16};
 
 use bitnet_core::ternary::{LANES, lane_sum};
 
+use crate::mat::MatMut;
+use crate::simd::{Element, Simd};
+
 /// The rows of a dense matrix, row-major, in one of the stored precisions.
 #[derive(Debug, Clone, Copy)]
 pub enum DenseRows<'a> {
@@ -55,46 +58,125 @@ impl<'a> DenseRows<'a> {
         let range = row * out.len()..(row + 1) * out.len();
         match self {
             Self::F32(x) => out.copy_from_slice(&x[range]),
-            Self::F16(x) => out.iter_mut().zip(&x[range]).for_each(|(o, x)| *o = x.to_f32()),
-            Self::Bf16(x) => out.iter_mut().zip(&x[range]).for_each(|(o, x)| *o = x.to_f32()),
+            Self::F16(x) => out.iter_mut().zip(&x[range]).for_each(|(o, x)| *o = x.widen()),
+            Self::Bf16(x) => out.iter_mut().zip(&x[range]).for_each(|(o, x)| *o = x.widen()),
         }
     }
 }
 
-/// The dot product of a stored row and a float vector, in the order of lanes.
-#[inline(always)]
-pub(crate) fn dot_row<E: Copy>(row: &[E], x: &[f32], to_f32: impl Fn(E) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let ((a, a_rest), (b, b_rest)) = (row.as_chunks::<LANES>(), x.as_chunks::<LANES>());
-    for (a, b) in a.iter().zip(b) {
-        for i in 0..LANES {
-            lanes[i] += to_f32(a[i]) * b[i];
-        }
-    }
-    for (i, (&a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        lanes[i] += to_f32(a) * b;
-    }
-    lane_sum(lanes)
-}
+/// Tokens whose vectors are kept in the cache while all rows pass by.
+const TOKENS: usize = 32;
 
-/// `out[n] = rows[n] · x`; see [`crate::Kernels::dense_matvec`].
+/// `out[t, n] = rows[n] · xs[t]`; see [`crate::Kernels::dense_matmul`].
 #[inline(always)]
-pub(crate) fn matvec(rows: DenseRows<'_>, x: &[f32], out: &mut [f32]) {
+pub(crate) fn matmul<S: Simd>(
+    isa: S,
+    rows: DenseRows<'_>,
+    xs: &[f32],
+    cols: usize,
+    out: MatMut<'_, f32>,
+) {
     match rows {
-        DenseRows::F32(w) => {
-            for (o, row) in out.iter_mut().zip(w.chunks_exact(x.len())) {
-                *o = dot_row(row, x, |v| v);
+        DenseRows::F32(w) => matmul_of(isa, w, xs, cols, out),
+        DenseRows::F16(w) => matmul_of(isa, w, xs, cols, out),
+        DenseRows::Bf16(w) => matmul_of(isa, w, xs, cols, out),
+    }
+}
+
+#[inline(always)]
+fn matmul_of<S: Simd, E: Element>(
+    isa: S,
+    w: &[E],
+    xs: &[f32],
+    cols: usize,
+    mut out: MatMut<'_, f32>,
+) {
+    let (tokens, rows) = (out.rows(), out.cols());
+    for first in (0..tokens).step_by(TOKENS) {
+        let end = tokens.min(first + TOKENS);
+        let mut n = 0;
+        while n < rows {
+            // A tile's sums stay in registers: 16 of 32, or 4 of 8.
+            let (r, t) = match (rows - n, S::WIDE, end - first) {
+                (4.., _, 1) => (4, 1),
+                (4.., true, _) => (4, 4),
+                (2.., _, _) => (2, 2),
+                _ => (1, 1),
+            };
+            let mut at = first;
+            while at < end {
+                let mut tile = Tile { isa, w, xs, cols, n, t: at, out: out.reborrow() };
+                at += match (r, t.min(end - at)) {
+                    (4, 4) => tile.run::<4, 4>(),
+                    (4, 1) => tile.run::<4, 1>(),
+                    (4, _) => tile.run::<4, 2>(),
+                    (2, 2) => tile.run::<2, 2>(),
+                    (2, _) => tile.run::<2, 1>(),
+                    _ => tile.run::<1, 1>(),
+                };
             }
+            n += r;
         }
-        DenseRows::F16(w) => {
-            for (o, row) in out.iter_mut().zip(w.chunks_exact(x.len())) {
-                *o = dot_row(row, x, f16::to_f32);
-            }
+    }
+}
+
+/// Some rows from `n` on and some tokens from `t` on.
+struct Tile<'a, S, E> {
+    isa: S,
+    w: &'a [E],
+    xs: &'a [f32],
+    cols: usize,
+    n: usize,
+    t: usize,
+    out: MatMut<'a, f32>,
+}
+
+impl<S: Simd, E: Element> Tile<'_, S, E> {
+    /// Writes the products of `R` rows and `T` tokens; returns `T`.
+    #[inline(always)]
+    fn run<const R: usize, const T: usize>(&mut self) -> usize {
+        let Self { isa, cols, .. } = *self;
+        let row = |i: usize| (self.n + i) * cols..(self.n + i + 1) * cols;
+        let token = |i: usize| (self.t + i) * cols..(self.t + i + 1) * cols;
+        let w: [&[E]; R] = std::array::from_fn(|r| &self.w[row(r)]);
+        let x: [&[f32]; T] = std::array::from_fn(|t| &self.xs[token(t)]);
+        let sums = dot_tile(isa, w, x, cols);
+        for (t, sums) in sums.iter().enumerate() {
+            self.out.row(self.t + t)[self.n..self.n + R].copy_from_slice(sums);
         }
-        DenseRows::Bf16(w) => {
-            for (o, row) in out.iter_mut().zip(w.chunks_exact(x.len())) {
-                *o = dot_row(row, x, bf16::to_f32);
+        T
+    }
+}
+
+/// The dot products of `R` rows and `T` vectors, each in the order of lanes.
+#[inline(always)]
+fn dot_tile<S: Simd, E: Element, const R: usize, const T: usize>(
+    isa: S,
+    w: [&[E]; R],
+    x: [&[f32]; T],
+    cols: usize,
+) -> [[f32; R]; T] {
+    let whole = cols / LANES;
+    let chunks_w = w.map(|w| &w.as_chunks::<LANES>().0[..whole]);
+    let chunks_x = x.map(|x| &x.as_chunks::<LANES>().0[..whole]);
+    let mut sums = [[isa.splat(0.0); R]; T];
+    for k in 0..whole {
+        let w: [S::Floats; R] = std::array::from_fn(|r| E::load(isa, &chunks_w[r][k]));
+        for t in 0..T {
+            let x = isa.load_f32(&chunks_x[t][k]);
+            for r in 0..R {
+                sums[t][r] = isa.mul_add(sums[t][r], w[r], x);
             }
         }
     }
+    std::array::from_fn(|t| {
+        std::array::from_fn(|r| {
+            let mut lanes = isa.floats(sums[t][r]);
+            let rest = w[r][whole * LANES..].iter().zip(&x[t][whole * LANES..]);
+            for (lane, (&w, &x)) in lanes.iter_mut().zip(rest) {
+                *lane += w.widen() * x;
+            }
+            lane_sum(lanes)
+        })
+    })
 }

@@ -4,6 +4,19 @@
 
 use bitnet_core::ternary::{LANES, lane_sum};
 
+use crate::simd::Simd;
+
+/// 1.5 · 2^23: added to a float below 2^22 it leaves the integer nearest to that,
+/// ties to even, in the low bits of the sum.
+const ROUND: f32 = 12_582_912.0;
+
+/// The nearest integer, ties to even, for |x| < 2^22: one addition, in vectors of
+/// any instruction set.
+#[inline(always)]
+pub(crate) fn round_to_int(x: f32) -> i32 {
+    ((x + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32)
+}
+
 /// `e^x`, within 2 ULP for -87 <= x <= 88; below -87 it is 0, above 88 it is
 /// `e^88`.
 ///
@@ -12,10 +25,11 @@ use bitnet_core::ternary::{LANES, lane_sum};
 #[inline(always)]
 #[must_use]
 pub(crate) fn exp(x: f32) -> f32 {
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let clamped = x.clamp(-87.0, 88.0);
-    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
     let r = clamped - n * LN2_HIGH;
     let r = r - n * LN2_LOW;
     let mut p = 1.987_569_1e-4;
@@ -26,36 +40,42 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = p * r + 5e-1;
     let y = p * (r * r) + r + 1.0;
     // n is in -126..=127, so the exponent field stays in 1..=254.
-    let power = f32::from_bits((((n as i32) + 127) << 23) as u32);
+    let int = shifted.to_bits().wrapping_sub(ROUND.to_bits());
+    let power = f32::from_bits(int.wrapping_add(127) << 23);
     if x < -87.0 { 0.0 } else { y * power }
 }
 
 /// The dot product of two slices of one length, in the fixed order of lanes.
 #[inline(always)]
-pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
+pub(crate) fn dot<S: Simd>(isa: S, a: &[f32], b: &[f32]) -> f32 {
+    let mut sum = isa.splat(0.0);
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
     for (a, b) in a.iter().zip(b) {
-        for i in 0..LANES {
-            lanes[i] += a[i] * b[i];
-        }
+        sum = isa.mul_add(sum, isa.load_f32(a), isa.load_f32(b));
     }
-    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        lanes[i] += a * b;
+    let mut lanes = isa.floats(sum);
+    for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *lane += a * b;
     }
     lane_sum(lanes)
 }
 
 /// `1 / sqrt(mean(x²) + eps)`.
 #[inline(always)]
-pub(crate) fn inv_rms(x: &[f32], eps: f32) -> f32 {
-    1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt()
+pub(crate) fn inv_rms<S: Simd>(isa: S, x: &[f32], eps: f32) -> f32 {
+    1.0 / (dot(isa, x, x) / x.len() as f32 + eps).sqrt()
 }
 
 /// RMSNorm (arXiv:1910.07467): `out = (x · inv_rms) · weight`; returns `inv_rms`.
 #[inline(always)]
-pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> f32 {
-    let inv = inv_rms(x, eps);
+pub(crate) fn rms_norm<S: Simd>(
+    isa: S,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+) -> f32 {
+    let inv = inv_rms(isa, x, eps);
     for ((o, &x), &w) in out.iter_mut().zip(x).zip(weight) {
         *o = (x * inv) * w;
     }
@@ -107,14 +127,15 @@ pub(crate) fn add_assign(x: &mut [f32], y: &[f32]) {
 /// Replaces logits by `e^(x - max)`; returns (max, sum of them in lane order).
 #[inline(always)]
 pub(crate) fn exp_sum(x: &mut [f32]) -> (f32, f32) {
+    let larger = |m: f32, v: f32| if v > m { v } else { m };
     let mut max_lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {
         for i in 0..LANES {
-            max_lanes[i] = max_lanes[i].max(chunk[i]);
+            max_lanes[i] = larger(max_lanes[i], chunk[i]);
         }
     }
-    let max = max_lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+    let max = max_lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| larger(m, v));
     let mut lanes = [0.0f32; LANES];
     let (chunks, rest) = x.as_chunks_mut::<LANES>();
     for chunk in chunks {
@@ -133,6 +154,7 @@ pub(crate) fn exp_sum(x: &mut [f32]) -> (f32, f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::portable::Portable;
 
     #[test]
     fn exp_is_within_two_ulp() {
@@ -152,7 +174,7 @@ mod tests {
     fn norm_has_unit_mean_square() {
         let x: Vec<f32> = (0..37).map(|i| i as f32 - 11.0).collect();
         let mut out = vec![0.0; 37];
-        rms_norm(&x, &[1.0; 37], 1e-5, &mut out);
-        assert!((dot(&out, &out) / 37.0 - 1.0).abs() < 1e-5);
+        rms_norm(Portable, &x, &[1.0; 37], 1e-5, &mut out);
+        assert!((dot(Portable, &out, &out) / 37.0 - 1.0).abs() < 1e-5);
     }
 }

@@ -1,17 +1,98 @@
-//! The choice of instruction set, and the operations every one of them offers.
+//! The choice of instruction set: one table of what there is, and the value that
+//! proves one of them present.
 
-use bitnet_core::ternary::{self, dequantize};
+use crate::portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use crate::{
+    avx2::{Avx2, AvxVnni},
+    avx512::{Avx512Vbmi, Avx512Vnni},
+};
 
-use crate::attention::{self, KvElement};
-use crate::dense::{self, DenseRows};
-use crate::float;
-use crate::mat::MatMut;
-use crate::ternary::{TernaryRows, TokensRef, row_sum};
+/// Defines the token of an instruction set of x86-64 from one row, so that what
+/// is detected and what is compiled for cannot drift apart.
+#[cfg(target_arch = "x86_64")]
+macro_rules! isa_token {
+    ($(#[$doc:meta])* $token:ident = $name:literal: [$($feature:tt),*]) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(crate) struct $token(());
 
-/// An instruction set with kernels of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Isa {
-    /// Plain Rust, on every machine.
+        impl $token {
+            /// The name in `BITNET_ISA`.
+            pub(crate) const NAME: &'static str = $name;
+
+            /// The token, where the machine has every feature.
+            pub(crate) fn new() -> Option<Self> {
+                (true $(&& std::arch::is_x86_feature_detected!($feature))*).then_some(Self(()))
+            }
+
+            /// Runs `f` compiled with the features.
+            #[inline(always)]
+            fn enter<R>(self, f: impl FnOnce() -> R) -> R {
+                $(#[target_feature(enable = $feature)])*
+                fn run<R>(f: impl FnOnce() -> R) -> R {
+                    f()
+                }
+                // SAFETY: `new` makes a value only where these very features were
+                // detected.
+                unsafe { run(f) }
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(crate) use isa_token;
+
+/// Makes the enum of instruction sets and `dispatch!` from the table, whose rows
+/// stand in the order of preference.
+macro_rules! isa_table {
+    ($d:tt; $($(#[$cfg:meta])* $token:ident,)*) => {
+        /// An instruction set that this machine has.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum Isa {
+            $($(#[$cfg])* $token($token),)*
+        }
+
+        impl Isa {
+            /// The names of all that this build knows.
+            const NAMES: &'static [&'static str] = &[$($(#[$cfg])* $token::NAME,)*];
+
+            fn all() -> impl Iterator<Item = Self> {
+                [$($(#[$cfg])* $token::new().map(Self::$token),)*].into_iter().flatten()
+            }
+
+            fn name(self) -> &'static str {
+                match self {
+                    $($(#[$cfg])* Self::$token(_) => $token::NAME,)*
+                }
+            }
+        }
+
+        /// Evaluates an expression compiled for the instruction set of a
+        /// [`Kernels`] value; `isa` names its token. The one place where the
+        /// instruction set of a call is decided.
+        macro_rules! dispatch {
+            ($d kernels:expr, $d isa:ident => $d body:expr) => {
+                match $d kernels.isa {
+                    $($(#[$cfg])* $crate::isa::Isa::$token($d isa) => {
+                        $crate::simd::Simd::vectorize($d isa, #[inline(always)] || $d body)
+                    })*
+                }
+            };
+        }
+        pub(crate) use dispatch;
+    };
+}
+
+isa_table! { $;
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vbmi,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    #[cfg(target_arch = "x86_64")]
+    AvxVnni,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
     Portable,
 }
 
@@ -39,20 +120,20 @@ pub enum IsaError {
 /// The kernels of one instruction set that this machine has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Kernels {
-    isa: Isa,
+    pub(crate) isa: Isa,
 }
 
 impl Kernels {
     /// The fastest instruction set of this machine.
     #[must_use]
     pub fn detect() -> Self {
-        Self { isa: Isa::Portable }
+        Self { isa: Isa::all().next().unwrap_or(Isa::Portable(Portable)) }
     }
 
     /// Every instruction set of this machine, the fastest first.
     #[must_use]
     pub fn all() -> Vec<Self> {
-        vec![Self { isa: Isa::Portable }]
+        Isa::all().map(|isa| Self { isa }).collect()
     }
 
     /// The instruction set of that name.
@@ -60,10 +141,15 @@ impl Kernels {
     /// # Errors
     /// An unknown name, or a set that this machine lacks.
     pub fn by_name(name: &str) -> Result<Self, IsaError> {
-        if name == "portable" {
-            return Ok(Self { isa: Isa::Portable });
+        if let Some(isa) = Isa::all().find(|isa| isa.name() == name) {
+            return Ok(Self { isa });
         }
-        Err(IsaError::Unknown { name: name.to_owned(), known: "portable".to_owned() })
+        let name = name.to_owned();
+        if Isa::NAMES.contains(&name.as_str()) {
+            let available: Vec<_> = Isa::all().map(Isa::name).collect();
+            return Err(IsaError::Missing { name, available: available.join(", ") });
+        }
+        Err(IsaError::Unknown { name, known: Isa::NAMES.join(", ") })
     }
 
     /// The set named in the environment variable `BITNET_ISA`, else [`Kernels::detect`].
@@ -80,134 +166,43 @@ impl Kernels {
     /// The name, as in `BITNET_ISA` and in reports.
     #[must_use]
     pub fn name(self) -> &'static str {
-        match self.isa {
-            Isa::Portable => "portable",
+        self.isa.name()
+    }
+}
+
+/// The names in a comma-separated list (`BITNET_REQUIRE_ISA`) that this machine
+/// lacks or that do not exist. A test run that asks for a path fails on them
+/// instead of silently testing less.
+#[must_use]
+pub fn required_isas_missing(list: &str) -> Vec<String> {
+    let names = list.split(',').map(str::trim).filter(|name| !name.is_empty());
+    names.filter(|name| Kernels::by_name(name).is_err()).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_to_their_set() {
+        let all = Kernels::all();
+        assert_eq!(all[0], Kernels::detect());
+        assert_eq!(all[all.len() - 1].name(), "portable");
+        for kernels in all {
+            assert_eq!(Kernels::by_name(kernels.name()), Ok(kernels));
         }
     }
 
-    /// Quantises one token to int8, zeroes the padding behind it and returns
-    /// (`act_scale`, sum of the integers). Equals
-    /// [`ternary::quantize_activations`] bit for bit.
-    ///
-    /// # Panics
-    /// If `q` is shorter than `x`.
-    pub fn quantize(self, x: &[f32], q: &mut [i8]) -> (f32, i32) {
-        let act_scale = ternary::quantize_activations(x, q);
-        q[x.len()..].fill(0);
-        (act_scale, q.iter().map(|&q| i32::from(q)).sum())
+    #[test]
+    fn an_unknown_name_lists_the_known_ones() {
+        let error = Kernels::by_name("mmx").unwrap_err().to_string();
+        assert!(error.contains("`mmx`") && error.contains("portable"), "{error}");
     }
 
-    /// Integer sums of packed rows and tokens: `out[t, n] = Σ_k trit[n, k] · q[t, k]`.
-    ///
-    /// # Panics
-    /// If the shapes do not fit: `out` is `[tokens, rows]`.
-    pub fn ternary_sums(self, w: TernaryRows<'_>, x: TokensRef<'_>, mut out: MatMut<'_, i32>) {
-        assert_eq!((out.rows(), out.cols()), (x.len(), w.len()), "[tokens, rows]");
-        let row_bytes = w.layout.row_bytes(w.cols);
-        for t in 0..x.len() {
-            let q = x.token(t);
-            for (o, row) in out.row(t).iter_mut().zip(w.bytes.chunks_exact(row_bytes)) {
-                *o = row_sum(w.layout, row, q, x.sums[t]);
-            }
-        }
-    }
-
-    /// A BitLinear on quantised tokens:
-    /// `out[t, n] = dequantize(sum[t, n], act_scale[t], weight_scale)`.
-    ///
-    /// # Panics
-    /// If the shapes do not fit: `out` is `[tokens, rows]`.
-    pub fn ternary_matmul(self, w: TernaryRows<'_>, x: TokensRef<'_>, mut out: MatMut<'_, f32>) {
-        assert_eq!((out.rows(), out.cols()), (x.len(), w.len()), "[tokens, rows]");
-        let row_bytes = w.layout.row_bytes(w.cols);
-        for t in 0..x.len() {
-            let q = x.token(t);
-            for (o, row) in out.row(t).iter_mut().zip(w.bytes.chunks_exact(row_bytes)) {
-                let sum = row_sum(w.layout, row, q, x.sums[t]);
-                *o = dequantize(sum, x.scales[t], w.weight_scale);
-            }
-        }
-    }
-
-    /// RMSNorm of one token; returns `inv_rms`, which a backward pass needs.
-    pub fn rms_norm(self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> f32 {
-        float::rms_norm(x, weight, eps, out)
-    }
-
-    /// `out = silu(gate) · up`, elementwise.
-    pub fn silu_mul(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        float::silu_mul(gate, up, out);
-    }
-
-    /// `out = relu(gate)² · up`, elementwise.
-    pub fn relu2_mul(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
-        float::relu2_mul(gate, up, out);
-    }
-
-    /// Rotates one head `[C]` in place by `cos` and `sin` of `C/2` angles.
-    pub fn rotate(self, head: &mut [f32], cos: &[f32], sin: &[f32]) {
-        float::rotate(head, cos, sin);
-    }
-
-    /// `x += y`, elementwise.
-    pub fn add_assign(self, x: &mut [f32], y: &[f32]) {
-        float::add_assign(x, y);
-    }
-
-    /// Replaces logits by `e^(x - max)`; returns (max, their sum).
-    pub fn exp_sum(self, x: &mut [f32]) -> (f32, f32) {
-        float::exp_sum(x)
-    }
-
-    /// The dot product of two slices of one length, in the order of lanes.
-    pub fn dot(self, a: &[f32], b: &[f32]) -> f32 {
-        float::dot(a, b)
-    }
-
-    /// The sum of magnitudes of one row of master weights, in f64; equals
-    /// [`ternary::row_abs_sum`] bit for bit.
-    pub fn row_abs_sum(self, row: &[f32]) -> f64 {
-        ternary::row_abs_sum(row)
-    }
-
-    /// Ternary values of one row of master weights; equals
-    /// [`ternary::quantize_weight`] element for element.
-    pub fn quantize_weight_row(self, row: &[f32], inv_weight_scale: f32, trits: &mut [i8]) {
-        for (t, &w) in trits.iter_mut().zip(row) {
-            *t = ternary::quantize_weight(w, inv_weight_scale);
-        }
-    }
-
-    /// Attention of one query over the first `len` cached positions.
-    ///
-    /// # Shapes
-    /// `q` and `out` are `[C]`; `key_blocks` as [`crate::store_key`] writes them;
-    /// `values` is `[T, C]` with `T >= len`; `scores` is scratch of at least `len`
-    /// rounded up to [`crate::KEY_BLOCK`].
-    ///
-    /// # Panics
-    /// If a slice is too short or `len` is 0.
-    #[expect(clippy::too_many_arguments, reason = "slices of one operation")]
-    pub fn attend<E: KvElement>(
-        self,
-        q: &[f32],
-        key_blocks: &[E],
-        values: &[E],
-        len: usize,
-        scale: f32,
-        scores: &mut [f32],
-        out: &mut [f32],
-    ) {
-        assert!(len > 0, "attention over no position");
-        attention::attend(q, key_blocks, values, len, scale, scores, out);
-    }
-
-    /// Dense rows times a float vector: `out[n] = rows[n] · x`.
-    ///
-    /// # Panics
-    /// If `rows` does not hold `out.len()` rows of `x.len()` elements.
-    pub fn dense_matvec(self, rows: DenseRows<'_>, x: &[f32], out: &mut [f32]) {
-        assert_eq!(rows.len(), out.len() * x.len(), "dense rows");
-        dense::matvec(rows, x, out);
+    #[test]
+    fn required_sets_that_are_missing_are_named() {
+        assert!(required_isas_missing("").is_empty());
+        assert!(required_isas_missing("portable").is_empty());
+        assert_eq!(required_isas_missing("portable, mmx,3dnow"), ["mmx", "3dnow"]);
     }
 }

@@ -14,7 +14,12 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod api;
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod backward;
 mod dense;
 mod float;
@@ -22,12 +27,18 @@ mod float;
 mod gemm;
 mod isa;
 mod mat;
+mod panel;
+mod portable;
+mod product;
+mod quantize;
+mod rows;
+mod simd;
 mod ternary;
 
 pub use attention::{KEY_BLOCK, KvElement, key_blocks_len, store_key};
 pub use dense::DenseRows;
 #[cfg(feature = "gemm")]
 pub use gemm::{MatRef, gemm};
-pub use isa::{Isa, IsaError, Kernels};
+pub use isa::{IsaError, Kernels, required_isas_missing};
 pub use mat::MatMut;
 pub use ternary::{QuantizedTokens, TernaryRows, TokensRef};

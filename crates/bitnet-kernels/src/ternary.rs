@@ -119,23 +119,3 @@ impl QuantizedTokens {
         TokensRef { q: &self.q, stride: self.stride, sums: &self.sums, scales: &self.scales }
     }
 }
-
-/// The integer sum of one packed row and one token, scalar.
-#[inline(always)]
-pub(crate) fn row_sum(layout: Layout, row: &[u8], q: &[i8], q_sum: i32) -> i32 {
-    let mut sum = 0i32;
-    match layout {
-        Layout::P2 => {
-            for (bytes, q) in row.as_chunks::<64>().0.iter().zip(q.as_chunks::<256>().0) {
-                for (j, &byte) in bytes.iter().enumerate() {
-                    for p in 0..4 {
-                        let code = i32::from((byte >> (2 * p)) & 3);
-                        sum += code * i32::from(q[64 * p + j]);
-                    }
-                }
-            }
-        }
-    }
-    // The codes are t + 1, so the sum holds each activation once too often.
-    sum - q_sum
-}

@@ -1,0 +1,172 @@
+//! The operations that every instruction set offers, with their checks: each
+//! method is decided once and runs compiled for its set.
+
+use bitnet_core::ternary::{self, dequantize};
+
+use crate::attention::{self, KvElement, KvSlice, Query};
+use crate::dense::{self, DenseRows};
+use crate::float;
+use crate::isa::{Kernels, dispatch};
+use crate::mat::MatMut;
+use crate::product;
+use crate::quantize;
+use crate::ternary::{TernaryRows, TokensRef};
+
+impl Kernels {
+    /// Quantises one token to int8, zeroes the padding behind it and returns
+    /// (`act_scale`, sum of the integers). Equals
+    /// [`ternary::quantize_activations`] bit for bit.
+    ///
+    /// # Panics
+    /// If `q` is shorter than `x`.
+    pub fn quantize(self, x: &[f32], q: &mut [i8]) -> (f32, i32) {
+        let (head, padding) = q.split_at_mut(x.len());
+        padding.fill(0);
+        dispatch!(self, isa => quantize::activations(isa, x, head))
+    }
+
+    /// Integer sums of packed rows and tokens: `out[t, n] = Σ_k trit[n, k] · q[t, k]`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit: `out` is `[tokens, rows]`.
+    pub fn ternary_sums(self, w: TernaryRows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
+        check_shapes(&w, &x, out.rows(), out.cols());
+        dispatch!(self, isa => product::product(isa, w, x, out, |t, sum| sum - x.sums[t]));
+    }
+
+    /// A BitLinear on quantised tokens:
+    /// `out[t, n] = dequantize(sum[t, n], act_scale[t], weight_scale)`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit: `out` is `[tokens, rows]`.
+    pub fn ternary_matmul(self, w: TernaryRows<'_>, x: TokensRef<'_>, out: MatMut<'_, f32>) {
+        check_shapes(&w, &x, out.rows(), out.cols());
+        let scale = w.weight_scale;
+        dispatch!(self, isa => product::product(isa, w, x, out, |t, sum| {
+            dequantize(sum - x.sums[t], x.scales[t], scale)
+        }));
+    }
+
+    /// RMSNorm of one token; returns `inv_rms`, which a backward pass needs.
+    pub fn rms_norm(self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> f32 {
+        dispatch!(self, isa => float::rms_norm(isa, x, weight, eps, out))
+    }
+
+    /// `out = silu(gate) · up`, elementwise.
+    pub fn silu_mul(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        dispatch!(self, _isa => float::silu_mul(gate, up, out));
+    }
+
+    /// `out = relu(gate)² · up`, elementwise.
+    pub fn relu2_mul(self, gate: &[f32], up: &[f32], out: &mut [f32]) {
+        dispatch!(self, _isa => float::relu2_mul(gate, up, out));
+    }
+
+    /// Rotates one head `[C]` in place by `cos` and `sin` of `C/2` angles.
+    pub fn rotate(self, head: &mut [f32], cos: &[f32], sin: &[f32]) {
+        dispatch!(self, _isa => float::rotate(head, cos, sin));
+    }
+
+    /// `x += y`, elementwise.
+    pub fn add_assign(self, x: &mut [f32], y: &[f32]) {
+        dispatch!(self, _isa => float::add_assign(x, y));
+    }
+
+    /// Replaces logits by `e^(x - max)`; returns (max, their sum).
+    pub fn exp_sum(self, x: &mut [f32]) -> (f32, f32) {
+        dispatch!(self, _isa => float::exp_sum(x))
+    }
+
+    /// The dot product of two slices of one length, in the order of lanes.
+    pub fn dot(self, a: &[f32], b: &[f32]) -> f32 {
+        dispatch!(self, isa => float::dot(isa, a, b))
+    }
+
+    /// The sum of magnitudes of one row of master weights, in f64; equals
+    /// [`ternary::row_abs_sum`] bit for bit.
+    pub fn row_abs_sum(self, row: &[f32]) -> f64 {
+        dispatch!(self, _isa => ternary::row_abs_sum(row))
+    }
+
+    /// Ternary values of one row of master weights; equals
+    /// [`ternary::quantize_weight`] element for element.
+    pub fn quantize_weight_row(self, row: &[f32], inv_weight_scale: f32, trits: &mut [i8]) {
+        dispatch!(self, _isa => quantize::weights(row, inv_weight_scale, trits));
+    }
+
+    /// Quantises one row of master weights and packs it in layout P2: what
+    /// [`Kernels::quantize_weight_row`] gives, packed by
+    /// [`bitnet_core::TernaryMatrix::pack`].
+    ///
+    /// # Panics
+    /// If `bytes` is not [`bitnet_core::Layout::row_bytes`] of the row long.
+    pub fn pack_weight_row(self, row: &[f32], inv_weight_scale: f32, bytes: &mut [u8]) {
+        assert_eq!(bytes.len(), bitnet_core::Layout::P2.row_bytes(row.len()), "packed row");
+        dispatch!(self, _isa => quantize::pack_p2(row, inv_weight_scale, bytes));
+    }
+
+    /// Attention of one query over the first `len` cached positions.
+    ///
+    /// # Shapes
+    /// `q` and `out` are `[C]`; `key_blocks` as [`crate::store_key`] writes them;
+    /// `values` is `[T, C]` with `T >= len`; `scores` is scratch of at least `len`
+    /// rounded up to [`crate::KEY_BLOCK`].
+    ///
+    /// # Panics
+    /// If a slice is too short or `len` is 0.
+    #[expect(clippy::too_many_arguments, reason = "slices of one operation")]
+    pub fn attend<E: KvElement>(
+        self,
+        q: &[f32],
+        key_blocks: &[E],
+        values: &[E],
+        len: usize,
+        scale: f32,
+        scores: &mut [f32],
+        out: &mut [f32],
+    ) {
+        assert!(len > 0, "attention over no position");
+        let query = Query { q, len, scale };
+        match (E::slice(key_blocks), E::slice(values)) {
+            (KvSlice::F32(keys), KvSlice::F32(values)) => {
+                dispatch!(self, isa => attention::attend(isa, query, keys, values, scores, out));
+            }
+            (KvSlice::F16(keys), KvSlice::F16(values)) => {
+                dispatch!(self, isa => attention::attend(isa, query, keys, values, scores, out));
+            }
+            _ => unreachable!("keys and values are of one type"),
+        }
+    }
+
+    /// Dense rows times a float vector: `out[n] = rows[n] · x`.
+    ///
+    /// # Panics
+    /// If `rows` does not hold `out.len()` rows of `x.len()` elements.
+    pub fn dense_matvec(self, rows: DenseRows<'_>, x: &[f32], out: &mut [f32]) {
+        assert_eq!(rows.len(), out.len() * x.len(), "dense rows");
+        let (cols, n) = (x.len(), out.len());
+        dispatch!(self, isa => dense::matmul(isa, rows, x, cols, MatMut::new(out, 1, n)));
+    }
+
+    /// Dense rows times float vectors: `out[t, n] = rows[n] · xs[t]`, every
+    /// element the same bits as [`Kernels::dense_matvec`] gives.
+    ///
+    /// # Shapes
+    /// `xs` is `[T, cols]`; `out` is `[T, N]`; `rows` is `[N, cols]`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub fn dense_matmul(self, rows: DenseRows<'_>, xs: &[f32], cols: usize, out: MatMut<'_, f32>) {
+        assert_eq!(rows.len(), out.cols() * cols, "dense rows");
+        assert_eq!(xs.len(), out.rows() * cols, "dense vectors");
+        dispatch!(self, isa => dense::matmul(isa, rows, xs, cols, out));
+    }
+}
+
+/// What the integer product relies on.
+fn check_shapes(w: &TernaryRows<'_>, x: &TokensRef<'_>, rows: usize, cols: usize) {
+    assert_eq!((rows, cols), (x.len(), w.len()), "[tokens, rows]");
+    assert_eq!(w.bytes.len(), w.len() * w.layout.row_bytes(w.cols), "whole packed rows");
+    assert!(x.stride >= w.layout.padded_cols(w.cols), "tokens are padded to whole blocks");
+    assert!(x.q.len() >= x.len() * x.stride && x.sums.len() >= x.len(), "tokens");
+}

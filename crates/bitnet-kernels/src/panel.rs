@@ -1,0 +1,210 @@
+//! The integer product for many tokens: a panel of rows is unpacked once into a
+//! buffer of bytes that the cache holds, then multiplied in tiles whose sums stay
+//! in registers.
+//!
+//! A lane is a row: a vector of the panel holds four neighbouring codes of each
+//! of sixteen rows, a vector of activations four of one token sixteen times over.
+//! So no sum is ever reduced across lanes, and a result is sixteen neighbours of
+//! an output row.
+
+use std::mem::MaybeUninit;
+
+use crate::mat::MatMut;
+use crate::product::Codec;
+use crate::simd::Simd;
+use crate::ternary::{TernaryRows, TokensRef};
+
+/// Rows in a vector of the panel.
+const UNIT: usize = 16;
+
+/// Vectors of the panel: 192 KiB, a fraction of any second-level cache.
+const PANEL_VECTORS: usize = 3072;
+
+/// Tokens for which a panel is unpacked once.
+const TOKENS: usize = 256;
+
+/// Units in the largest tile.
+const MAX_UNITS: usize = 3;
+
+/// The scratch of a product, on the stack.
+#[repr(align(64))]
+struct Scratch {
+    panel: [MaybeUninit<[u8; 64]>; PANEL_VECTORS],
+    sums: [MaybeUninit<[i32; 16]>; TOKENS * MAX_UNITS],
+}
+
+/// See [`crate::product::product`].
+#[inline(always)]
+pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
+    isa: S,
+    w: TernaryRows<'_>,
+    x: TokensRef<'_>,
+    mut out: MatMut<'_, O>,
+    finish: impl Fn(usize, i32) -> O + Copy,
+) {
+    let mut scratch = Scratch {
+        panel: [const { MaybeUninit::uninit() }; PANEL_VECTORS],
+        sums: [const { MaybeUninit::uninit() }; TOKENS * MAX_UNITS],
+    };
+    let units = if S::WIDE { MAX_UNITS } else { 1 };
+    let tile_rows = UNIT * units;
+    for first_token in (0..x.len()).step_by(TOKENS) {
+        let tokens = first_token..x.len().min(first_token + TOKENS);
+        let mut n = 0;
+        while n < w.len() {
+            let (units, rows) = match w.len() - n {
+                left if left >= tile_rows => (units, tile_rows),
+                left => (1, left.min(UNIT)),
+            };
+            let part = w.rows(n, n + rows);
+            let part_x = x.tokens(tokens.start, tokens.end);
+            if S::WIDE && units == MAX_UNITS {
+                panel_sums::<S, C, MAX_UNITS>(isa, part, part_x, &mut scratch);
+            } else {
+                panel_sums::<S, C, 1>(isa, part, part_x, &mut scratch);
+            }
+            for t in tokens.clone() {
+                let at = (t - tokens.start) * units;
+                // SAFETY: `panel_sums` has written the sums of every token.
+                let sums = unsafe { init(&scratch.sums[at..at + units]) }.as_flattened();
+                let out = &mut out.row(t)[n..n + rows];
+                out.iter_mut().zip(sums).for_each(|(o, &sum)| *o = finish(t, sum));
+            }
+            n += rows;
+        }
+    }
+}
+
+/// Sums of at most `16 · U` rows and some tokens, `[tokens, U]` vectors.
+#[inline(always)]
+fn panel_sums<S: Simd, C: Codec, const U: usize>(
+    isa: S,
+    w: TernaryRows<'_>,
+    x: TokensRef<'_>,
+    scratch: &mut Scratch,
+) {
+    let blocks = w.layout.row_bytes(w.cols) / 64;
+    // A block of a unit becomes 16 vectors a plane.
+    let chunk = PANEL_VECTORS / (UNIT * C::PLANES * U);
+    for start in (0..blocks).step_by(chunk) {
+        let range = start..blocks.min(start + chunk);
+        let steps = range.len() * C::PLANES * UNIT;
+        let panel = &mut scratch.panel[..steps * U];
+        unpack::<S, C, U>(isa, w, range, panel);
+        // SAFETY: `unpack` has written every vector of the slice.
+        let panel = unsafe { init(panel) };
+        let mut t = 0;
+        while t < x.len() {
+            let left = (x.len() - t).min(S::TILE_TOKENS);
+            let sums = &mut scratch.sums[t * U..(t + left) * U];
+            let acts = Acts { x, t, step: start * C::PLANES * UNIT };
+            match left {
+                8.. => tile::<S, U, 8>(isa, panel, acts, start == 0, sums),
+                6 | 7 if S::TILE_TOKENS >= 6 => {
+                    tile::<S, U, 6>(isa, panel, acts, start == 0, sums);
+                }
+                4.. => tile::<S, U, 4>(isa, panel, acts, start == 0, sums),
+                2 | 3 => tile::<S, U, 2>(isa, panel, acts, start == 0, sums),
+                _ => tile::<S, U, 1>(isa, panel, acts, start == 0, sums),
+            }
+            t += match left {
+                8.. => 8,
+                6 | 7 if S::TILE_TOKENS >= 6 => 6,
+                4.. => 4,
+                2 | 3 => 2,
+                _ => 1,
+            };
+        }
+    }
+}
+
+/// Unpacks blocks `range` of every row into `panel`, `[blocks, planes, 16, U]`.
+#[inline(always)]
+fn unpack<S: Simd, C: Codec, const U: usize>(
+    isa: S,
+    w: TernaryRows<'_>,
+    range: std::ops::Range<usize>,
+    panel: &mut [MaybeUninit<[u8; 64]>],
+) {
+    let row_blocks = w.layout.row_bytes(w.cols) / 64;
+    let bytes = w.bytes.as_chunks::<64>().0;
+    for (block, panel) in range.zip(panel.chunks_exact_mut(C::PLANES * UNIT * U)) {
+        for u in 0..U {
+            // Behind the last row its neighbour is repeated and its sums dropped.
+            let rows: [&[u8; 64]; UNIT] = std::array::from_fn(|r| {
+                &bytes[(u * UNIT + r).min(w.len() - 1) * row_blocks + block]
+            });
+            let words = isa.transpose_words(rows);
+            for (i, word) in words.iter().enumerate() {
+                let prepared = C::prepare(isa, isa.load(word));
+                for p in 0..C::PLANES {
+                    let codes = C::plane(isa, prepared, p);
+                    panel[(p * UNIT + i) * U + u].write(isa.bytes(codes));
+                }
+            }
+        }
+    }
+}
+
+/// The activations of a tile: some tokens from `t` on, from group `step` of four.
+#[derive(Clone, Copy)]
+struct Acts<'a> {
+    x: TokensRef<'a>,
+    t: usize,
+    step: usize,
+}
+
+/// Adds the products of a panel and `T` tokens to their sums, or writes them.
+#[inline(always)]
+fn tile<S: Simd, const U: usize, const T: usize>(
+    isa: S,
+    panel: &[[u8; 64]],
+    acts: Acts<'_>,
+    write: bool,
+    sums: &mut [MaybeUninit<[i32; 16]>],
+) {
+    let steps = panel.len() / U;
+    let q: [&[[i8; 4]]; T] = std::array::from_fn(|t| {
+        &acts.x.token(acts.t + t).as_chunks::<4>().0[acts.step..acts.step + steps]
+    });
+    let sums = &mut sums[..T * U];
+    let mut write = write;
+    let mut start = 0;
+    while start < steps {
+        let end = steps.min(start.saturating_add(S::PART_DOTS));
+        let mut parts = [[isa.part_zero(); U]; T];
+        for (k, step) in (start..end).zip(panel[start * U..end * U].as_chunks::<U>().0) {
+            let codes: [S::Bytes; U] = std::array::from_fn(|u| isa.load(&step[u]));
+            for t in 0..T {
+                // SAFETY: k < steps, the length of every slice in q.
+                let acts = isa.splat_acts(unsafe { *q[t].get_unchecked(k) });
+                for u in 0..U {
+                    parts[t][u] = isa.dot(parts[t][u], codes[u], acts);
+                }
+            }
+        }
+        for t in 0..T {
+            for u in 0..U {
+                let mut sum = isa.part_sums(parts[t][u]);
+                let slot = &mut sums[t * U + u];
+                if !write {
+                    // SAFETY: an earlier part of these rows has written the slot.
+                    sum = isa.add_sums(sum, isa.load_sums(unsafe { slot.assume_init_ref() }));
+                }
+                slot.write(isa.sum_lanes(sum));
+            }
+        }
+        write = false;
+        start = end;
+    }
+}
+
+/// A slice whose elements have all been written.
+///
+/// # Safety
+/// They have.
+unsafe fn init<T>(slice: &[MaybeUninit<T>]) -> &[T] {
+    // SAFETY: `MaybeUninit<T>` is laid out as `T`, and the caller vouches for the
+    // values.
+    unsafe { &*(std::ptr::from_ref(slice) as *const [T]) }
+}

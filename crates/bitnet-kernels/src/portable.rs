@@ -1,0 +1,161 @@
+//! The operations in plain Rust, for every machine (and for Miri).
+
+use half::{bf16, f16};
+
+use crate::simd::{Simd, widen_bf16, widen_f16};
+
+/// Plain Rust.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Portable;
+
+impl Portable {
+    /// The name in `BITNET_ISA`.
+    pub(crate) const NAME: &'static str = "portable";
+
+    /// Present on every machine.
+    pub(crate) fn new() -> Option<Self> {
+        Some(Self)
+    }
+}
+
+impl Simd for Portable {
+    type Bytes = [u8; 64];
+    type Part = [i32; 16];
+    type Sums = [i32; 16];
+    type Quad = [i32; 16];
+    type Floats = [f32; 16];
+
+    const PART_DOTS: usize = usize::MAX;
+    const QUAD_DOTS: usize = usize::MAX;
+    const WIDE: bool = false;
+    const TILE_TOKENS: usize = 2;
+
+    #[inline(always)]
+    fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
+        f()
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _at: *const u8) {}
+
+    #[inline(always)]
+    fn load(self, bytes: &[u8; 64]) -> [u8; 64] {
+        *bytes
+    }
+
+    #[inline(always)]
+    fn load_acts(self, q: &[i8; 64]) -> [u8; 64] {
+        q.map(|q| q as u8)
+    }
+
+    #[inline(always)]
+    fn splat_acts(self, q: [i8; 4]) -> [u8; 64] {
+        std::array::from_fn(|i| q[i % 4] as u8)
+    }
+
+    #[inline(always)]
+    fn bytes(self, v: [u8; 64]) -> [u8; 64] {
+        v
+    }
+
+    #[inline(always)]
+    fn plane(self, v: [u8; 64], p: usize) -> [u8; 64] {
+        v.map(|b| (b >> (2 * p)) & 3)
+    }
+
+    #[inline(always)]
+    fn part_zero(self) -> [i32; 16] {
+        [0; 16]
+    }
+
+    #[inline(always)]
+    fn dot(self, mut part: [i32; 16], codes: [u8; 64], acts: [u8; 64]) -> [i32; 16] {
+        for (i, sum) in part.iter_mut().enumerate() {
+            for j in 4 * i..4 * i + 4 {
+                // A code is at most 2, so a product of i16 does not overflow.
+                *sum += i32::from(i16::from(codes[j]) * i16::from(acts[j] as i8));
+            }
+        }
+        part
+    }
+
+    #[inline(always)]
+    fn part_sums(self, part: [i32; 16]) -> [i32; 16] {
+        part
+    }
+
+    #[inline(always)]
+    fn quad_zero(self) -> [i32; 16] {
+        [0; 16]
+    }
+
+    #[inline(always)]
+    fn quad_dot(self, quad: [i32; 16], codes: [u8; 64], acts: [[u8; 64]; 4]) -> [i32; 16] {
+        (0..4).fold(quad, |quad, p| self.dot(quad, self.plane(codes, p), acts[p]))
+    }
+
+    #[inline(always)]
+    fn quad_sums(self, quad: [i32; 16]) -> [i32; 16] {
+        quad
+    }
+
+    #[inline(always)]
+    fn sums_zero(self) -> [i32; 16] {
+        [0; 16]
+    }
+
+    #[inline(always)]
+    fn add_sums(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|i| a[i] + b[i])
+    }
+
+    #[inline(always)]
+    fn load_sums(self, lanes: &[i32; 16]) -> [i32; 16] {
+        *lanes
+    }
+
+    #[inline(always)]
+    fn sum_lanes(self, sums: [i32; 16]) -> [i32; 16] {
+        sums
+    }
+
+    #[inline(always)]
+    fn totals(self, sums: [[i32; 16]; 4]) -> [i32; 4] {
+        sums.map(|lanes| lanes.iter().sum())
+    }
+
+    #[inline(always)]
+    fn load_f32(self, x: &[f32; 16]) -> [f32; 16] {
+        *x
+    }
+
+    #[inline(always)]
+    fn load_f16(self, x: &[f16; 16]) -> [f32; 16] {
+        x.map(widen_f16)
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16; 16]) -> [f32; 16] {
+        x.map(widen_bf16)
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> [f32; 16] {
+        [x; 16]
+    }
+
+    #[inline(always)]
+    fn mul_add(self, acc: [f32; 16], a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| acc[i] + a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|i| a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn floats(self, v: [f32; 16]) -> [f32; 16] {
+        v
+    }
+}

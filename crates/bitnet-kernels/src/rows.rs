@@ -1,0 +1,130 @@
+//! The integer product for few tokens: rows stay packed and are read once, four
+//! at a time, so that four sums share each activation vector and one reduction.
+
+use crate::mat::MatMut;
+use crate::product::Codec;
+use crate::simd::Simd;
+use crate::ternary::{TernaryRows, TokensRef};
+
+/// Rows that are read side by side.
+const ROWS: usize = 4;
+
+/// How far ahead of the block in use memory is asked for.
+const PREFETCH_BYTES: usize = 4096;
+
+/// See [`crate::product::product`].
+#[inline(always)]
+pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
+    isa: S,
+    w: TernaryRows<'_>,
+    x: TokensRef<'_>,
+    mut out: MatMut<'_, O>,
+    finish: impl Fn(usize, i32) -> O + Copy,
+) {
+    let blocks = w.layout.row_bytes(w.cols) / 64;
+    let bytes = w.bytes.as_chunks::<64>().0;
+    let acts = |t| &x.token(t).as_chunks::<64>().0[..blocks * C::PLANES];
+    let mut n = 0;
+    while n < w.len() {
+        // Behind the last row its neighbour is repeated and its sum dropped.
+        let rows: [&[[u8; 64]]; ROWS] = std::array::from_fn(|r| {
+            let row = (n + r).min(w.len() - 1);
+            &bytes[row * blocks..(row + 1) * blocks]
+        });
+        let valid = ROWS.min(w.len() - n);
+        let mut put = |t: usize, sums: [i32; ROWS]| {
+            let out = &mut out.row(t)[n..n + valid];
+            out.iter_mut().zip(sums).for_each(|(o, sum)| *o = finish(t, sum));
+        };
+        let mut t = 0;
+        while t < x.len() {
+            match x.len() - t {
+                1 => put(t, C::dot_rows(isa, rows, acts(t))),
+                2 | 4 => {
+                    let sums = dot_block::<S, C, 2>(isa, rows, [acts(t), acts(t + 1)]);
+                    (0..2).for_each(|i| put(t + i, sums[i]));
+                    t += 1;
+                }
+                _ => {
+                    let sums = dot_block::<S, C, 3>(isa, rows, [0, 1, 2].map(|i| acts(t + i)));
+                    (0..3).for_each(|i| put(t + i, sums[i]));
+                    t += 2;
+                }
+            }
+            t += 1;
+        }
+        n += ROWS;
+    }
+}
+
+/// Totals of four rows of 2-bit codes and one token, without unpacking where the
+/// instruction set can do without.
+#[inline(always)]
+pub(crate) fn dot_quads<S: Simd>(
+    isa: S,
+    rows: [&[[u8; 64]]; ROWS],
+    acts: &[[i8; 64]],
+) -> [i32; ROWS] {
+    let acts = acts.as_chunks::<4>().0;
+    let blocks = acts.len();
+    let rows = rows.map(|row| &row[..blocks]);
+    let mut sums = [isa.sums_zero(); ROWS];
+    let mut start = 0;
+    while start < blocks {
+        let end = blocks.min(start.saturating_add(S::QUAD_DOTS));
+        let mut quads = [isa.quad_zero(); ROWS];
+        for b in start..end {
+            let acts = [0, 1, 2, 3].map(|p| isa.load_acts(&acts[b][p]));
+            for r in 0..ROWS {
+                isa.prefetch(rows[r][b].as_ptr().wrapping_add(PREFETCH_BYTES));
+                quads[r] = isa.quad_dot(quads[r], isa.load(&rows[r][b]), acts);
+            }
+        }
+        for r in 0..ROWS {
+            sums[r] = isa.add_sums(sums[r], isa.quad_sums(quads[r]));
+        }
+        start = end;
+    }
+    isa.totals(sums)
+}
+
+/// Totals of four rows and `T` tokens; a plane is unpacked once for all tokens.
+#[inline(always)]
+fn dot_block<S: Simd, C: Codec, const T: usize>(
+    isa: S,
+    rows: [&[[u8; 64]]; ROWS],
+    acts: [&[[i8; 64]]; T],
+) -> [[i32; ROWS]; T] {
+    let blocks = rows[0].len();
+    let rows = rows.map(|row| &row[..blocks]);
+    let acts = acts.map(|acts| &acts[..blocks * C::PLANES]);
+    let mut sums = [[isa.sums_zero(); ROWS]; T];
+    let mut start = 0;
+    while start < blocks {
+        let end = blocks.min(start.saturating_add(S::PART_DOTS / C::PLANES));
+        let mut parts = [[isa.part_zero(); ROWS]; T];
+        for b in start..end {
+            let prepared = rows.map(|row| {
+                isa.prefetch(row[b].as_ptr().wrapping_add(PREFETCH_BYTES));
+                C::prepare(isa, isa.load(&row[b]))
+            });
+            for p in 0..C::PLANES {
+                let q: [S::Bytes; T] =
+                    std::array::from_fn(|t| isa.load_acts(&acts[t][b * C::PLANES + p]));
+                for r in 0..ROWS {
+                    let codes = C::plane(isa, prepared[r], p);
+                    for t in 0..T {
+                        parts[t][r] = isa.dot(parts[t][r], codes, q[t]);
+                    }
+                }
+            }
+        }
+        for t in 0..T {
+            for r in 0..ROWS {
+                sums[t][r] = isa.add_sums(sums[t][r], isa.part_sums(parts[t][r]));
+            }
+        }
+        start = end;
+    }
+    sums.map(|sums| isa.totals(sums))
+}

@@ -1,0 +1,183 @@
+//! What an instruction set offers: a handful of exact operations on 64-byte
+//! vectors, over which every kernel is written once.
+//!
+//! A vector is 64 bytes on every machine (one register of AVX-512, two of AVX2,
+//! four of NEON): a block of a packed row, 64 codes or activations, sixteen i32
+//! sums or sixteen f32 lanes.
+
+use half::{bf16, f16};
+
+/// A value is the proof that its instruction set is present on this machine.
+pub(crate) trait Simd: Copy {
+    /// 64 bytes: packed codes, u8 codes or i8 activations.
+    type Bytes: Copy;
+    /// Sixteen sums of products of four neighbouring bytes; may be narrower than
+    /// i32 and then holds at most [`Simd::PART_DOTS`] products.
+    type Part: Copy;
+    /// Sixteen i32 sums.
+    type Sums: Copy;
+    /// Sums of whole packed vectors of 2-bit codes, see [`Simd::quad_dot`].
+    type Quad: Copy;
+    /// Sixteen f32 lanes.
+    type Floats: Copy;
+
+    /// How many [`Simd::dot`] a [`Simd::Part`] holds.
+    const PART_DOTS: usize;
+    /// How many [`Simd::quad_dot`] a [`Simd::Quad`] holds.
+    const QUAD_DOTS: usize;
+    /// Whether 32 vectors fit the registers; otherwise 8 do.
+    const WIDE: bool;
+    /// Tokens in a tile of the panel product.
+    const TILE_TOKENS: usize;
+
+    /// Runs `f` compiled for this instruction set. Everything `f` calls must be
+    /// inlined into it to profit.
+    fn vectorize<R>(self, f: impl FnOnce() -> R) -> R;
+
+    /// Asks for a cache line that will be read soon; any address is allowed.
+    fn prefetch(self, at: *const u8);
+
+    /// Reads a vector.
+    fn load(self, bytes: &[u8; 64]) -> Self::Bytes;
+    /// Reads 64 activations.
+    fn load_acts(self, q: &[i8; 64]) -> Self::Bytes;
+    /// Four activations, sixteen times over.
+    fn splat_acts(self, q: [i8; 4]) -> Self::Bytes;
+    /// The bytes of a vector.
+    fn bytes(self, v: Self::Bytes) -> [u8; 64];
+    /// Bits `2p..2p+2` of every byte, p < 4.
+    fn plane(self, v: Self::Bytes, p: usize) -> Self::Bytes;
+
+    /// No product yet.
+    fn part_zero(self) -> Self::Part;
+    /// `part[i] += Σ codes[4i + j] · acts[4i + j]`, j < 4; codes are at most 2.
+    fn dot(self, part: Self::Part, codes: Self::Bytes, acts: Self::Bytes) -> Self::Part;
+    /// The sums of a part.
+    fn part_sums(self, part: Self::Part) -> Self::Sums;
+
+    /// No product yet.
+    fn quad_zero(self) -> Self::Quad;
+    /// Adds the products of the four planes of `codes` with `acts[0..4]`.
+    fn quad_dot(self, quad: Self::Quad, codes: Self::Bytes, acts: [Self::Bytes; 4]) -> Self::Quad;
+    /// The sums of a quad, spread over sixteen lanes in any way.
+    fn quad_sums(self, quad: Self::Quad) -> Self::Sums;
+
+    /// Sixteen zeros.
+    fn sums_zero(self) -> Self::Sums;
+    /// Lane by lane.
+    fn add_sums(self, a: Self::Sums, b: Self::Sums) -> Self::Sums;
+    /// Reads sixteen sums.
+    fn load_sums(self, lanes: &[i32; 16]) -> Self::Sums;
+    /// The lanes, in order.
+    fn sum_lanes(self, sums: Self::Sums) -> [i32; 16];
+    /// The total of each of four vectors.
+    fn totals(self, sums: [Self::Sums; 4]) -> [i32; 4];
+
+    /// Reads sixteen floats.
+    fn load_f32(self, x: &[f32; 16]) -> Self::Floats;
+    /// Sixteen halves, widened.
+    fn load_f16(self, x: &[f16; 16]) -> Self::Floats;
+    /// Sixteen bfloat16, widened.
+    fn load_bf16(self, x: &[bf16; 16]) -> Self::Floats;
+    /// One value, sixteen times over.
+    fn splat(self, x: f32) -> Self::Floats;
+    /// `acc + a · b`, rounded twice: never fused.
+    fn mul_add(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `a · b`.
+    fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// The lanes.
+    fn floats(self, v: Self::Floats) -> [f32; 16];
+
+    /// Transposes sixteen rows of sixteen 4-byte words.
+    #[inline(always)]
+    fn transpose_words(self, rows: [&[u8; 64]; 16]) -> [[u8; 64]; 16] {
+        let mut out = [[0u8; 64]; 16];
+        for (r, row) in rows.iter().enumerate() {
+            for (word, out) in row.as_chunks::<4>().0.iter().zip(&mut out) {
+                out[4 * r..4 * r + 4].copy_from_slice(word);
+            }
+        }
+        out
+    }
+}
+
+/// A stored float; its value as f32 is exact.
+pub(crate) trait Element: Copy {
+    /// The value.
+    fn widen(self) -> f32;
+    /// Sixteen values.
+    fn load<S: Simd>(isa: S, x: &[Self; 16]) -> S::Floats;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn load<S: Simd>(isa: S, x: &[Self; 16]) -> S::Floats {
+        isa.load_f32(x)
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        widen_f16(self)
+    }
+    #[inline(always)]
+    fn load<S: Simd>(isa: S, x: &[Self; 16]) -> S::Floats {
+        isa.load_f16(x)
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        widen_bf16(self)
+    }
+    #[inline(always)]
+    fn load<S: Simd>(isa: S, x: &[Self; 16]) -> S::Floats {
+        isa.load_bf16(x)
+    }
+}
+
+/// The value of a half, without a branch, so that a loop of them becomes vectors.
+///
+/// The exponent and mantissa moved into an f32 make a value 2^112 too small;
+/// multiplying is exact, for subnormal halves too.
+#[inline(always)]
+pub(crate) fn widen_f16(x: f16) -> f32 {
+    let bits = u32::from(x.to_bits());
+    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits((112 + 127) << 23);
+    let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+    f32::from_bits(magnitude.to_bits() | special | (bits & 0x8000) << 16)
+}
+
+/// The value of a bfloat16: the upper half of an f32.
+#[inline(always)]
+pub(crate) fn widen_bf16(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn widening_equals_the_half_crate() {
+        for bits in 0..=u16::MAX {
+            let (h, b) = (f16::from_bits(bits), bf16::from_bits(bits));
+            if h.is_nan() {
+                assert!(widen_f16(h).is_nan());
+            } else {
+                assert_eq!(widen_f16(h).to_bits(), h.to_f32().to_bits());
+            }
+            if b.is_nan() {
+                assert!(widen_bf16(b).is_nan());
+            } else {
+                assert_eq!(widen_bf16(b).to_bits(), b.to_f32().to_bits());
+            }
+        }
+    }
+}
