@@ -62,6 +62,9 @@ struct Smallest<T> {
     bytes: u64,
     limit: u64,
     removed: u64,
+    /// The smallest key that did not fit; no larger one is taken after it, or
+    /// the order of arrival would matter.
+    barrier: u128,
 }
 
 struct Entry<T> {
@@ -89,15 +92,20 @@ impl<T> Ord for Entry<T> {
 
 impl<T> Smallest<T> {
     fn new(limit: u64) -> Self {
-        Self { heap: BinaryHeap::new(), bytes: 0, limit, removed: 0 }
+        Self { heap: BinaryHeap::new(), bytes: 0, limit, removed: 0, barrier: u128::MAX }
     }
 
     fn push(&mut self, key: u128, bytes: u64, value: T) {
+        if key >= self.barrier {
+            self.removed += 1;
+            return;
+        }
         self.bytes += bytes;
         self.heap.push(Entry { key, bytes, value });
         while self.bytes > self.limit && self.heap.len() > 1 {
             if let Some(largest) = self.heap.pop() {
                 self.bytes -= largest.bytes;
+                self.barrier = largest.key;
                 self.removed += 1;
             }
         }
