@@ -42,6 +42,7 @@ pub mod shard;
 pub mod source;
 pub mod stream;
 pub mod tokenizer;
+mod words;
 
 pub use dataset::{Dataset, Split};
 pub use error::DataError;

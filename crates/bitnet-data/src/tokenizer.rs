@@ -6,16 +6,17 @@ use std::collections::HashSet;
 use std::fmt;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
-use tokenizers::AddedToken;
+use tokenizers::models::ModelWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
-use tokenizers::models::{ModelWrapper, TrainerWrapper};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{DecoderWrapper, Tokenizer as Inner};
+use tokenizers::{AddedToken, DecoderWrapper, Tokenizer as Inner, Trainer};
 
 use crate::error::DataError;
 use crate::hash::{hex, sha256};
+use crate::words::{self, WordCache};
 
 /// The one special token of the tokenizers trained here: it begins a prompt,
 /// ends a document and lies between documents. Its id is 0.
@@ -51,6 +52,8 @@ pub struct Tokenizer {
     /// The bytes of every id; empty for ids that no token has.
     bytes: Vec<Vec<u8>>,
     byte_level: bool,
+    /// The short way to encode, where the tokenizer allows it.
+    words: Option<Arc<WordCache>>,
     eos: Option<u32>,
     bos: Option<u32>,
 }
@@ -106,6 +109,7 @@ impl Tokenizer {
         }
         let named = |names: &[&str]| names.iter().find_map(|n| special.token_to_id(n));
         let (eos, bos) = (named(&EOS_NAMES), named(&BOS_NAMES));
+        let words = is_gpt2_like(&special).then(Arc::default);
         let mut plain = special.clone();
         plain.set_encode_special_tokens(true);
         Ok(Self {
@@ -115,6 +119,7 @@ impl Tokenizer {
             json,
             bytes,
             byte_level,
+            words,
             eos,
             bos,
         })
@@ -133,18 +138,24 @@ impl Tokenizer {
     pub fn train(texts: &[String], vocab_size: u32) -> Result<Self, DataError> {
         check_vocab_size(vocab_size)?;
         let failed = |e: tokenizers::Error| DataError::Tokenizer(format!("training failed: {e}"));
-        let byte_level = ByteLevel::new(false, true, true);
-        let mut inner = Inner::new(BPE::default());
-        inner.with_pre_tokenizer(Some(byte_level));
-        inner.with_decoder(Some(byte_level));
-        inner.with_post_processor(Some(byte_level));
-        let trainer = BpeTrainer::builder()
+        let mut trainer = BpeTrainer::builder()
             .show_progress(false)
             .vocab_size(vocab_size as usize)
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect::<HashSet<_>>())
             .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
             .build();
-        inner.train(&mut TrainerWrapper::BpeTrainer(trainer), texts.iter()).map_err(failed)?;
+        // What `Inner::train` does, with the words split the short way.
+        trainer
+            .feed(texts.iter(), |text| Ok(words::split(text).map(words::spell).collect()))
+            .map_err(failed)?;
+        let mut model = BPE::default();
+        let special_tokens = trainer.train(&mut model).map_err(failed)?;
+        let byte_level = ByteLevel::new(false, true, true);
+        let mut inner = Inner::new(model);
+        inner.with_pre_tokenizer(Some(byte_level));
+        inner.with_decoder(Some(byte_level));
+        inner.with_post_processor(Some(byte_level));
+        inner.add_special_tokens(special_tokens).map_err(failed)?;
         let json = inner.to_string(false).map_err(failed)?;
         Self::from_json(json)
     }
@@ -156,7 +167,17 @@ impl Tokenizer {
     /// [`DataError::Tokenizer`] where the text defeats the tokenizer's patterns
     /// (their backtracking is bounded).
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, DataError> {
-        self.encode_with(&self.plain, text)
+        let Some(cache) = &self.words else {
+            return self.encode_with(&self.plain, text);
+        };
+        let model = self.plain.get_model();
+        let mut ids = Vec::with_capacity(text.len() / 3);
+        for word in words::split(text) {
+            cache.encode(word, model, &mut ids).map_err(|e| {
+                DataError::Tokenizer(format!("cannot encode a word of {} bytes: {e}", word.len()))
+            })?;
+        }
+        Ok(ids)
     }
 
     /// Token ids of a text in which the names of special tokens stand for them,
@@ -295,6 +316,19 @@ fn is_byte_level(inner: &Inner) -> bool {
     decodes && plain_bpe && splits && inner.get_normalizer().is_none()
 }
 
+/// Whether the tokenizer is byte-level BPE with GPT-2's split and nothing else
+/// that could change the ids of a text without special tokens.
+fn is_gpt2_like(inner: &Inner) -> bool {
+    let deterministic =
+        matches!(inner.get_model(), ModelWrapper::BPE(bpe) if bpe.dropout.is_none());
+    let splits = matches!(
+        inner.get_pre_tokenizer(),
+        Some(PreTokenizerWrapper::ByteLevel(b)) if !b.add_prefix_space && b.use_regex
+    );
+    let only_special = inner.get_added_tokens_decoder().values().all(|t| t.special);
+    deterministic && splits && only_special && inner.get_normalizer().is_none()
+}
+
 /// Where to cut `text` after at least `at_least` bytes: behind a line feed that
 /// has white space neither before nor behind it. There every split pattern in
 /// use (GPT-2's, GPT-4's, Llama 3's) ends one word and begins another, whatever
@@ -373,6 +407,9 @@ mod tests {
             assert!(!std::mem::replace(&mut seen[b as usize], true));
         }
         assert!(seen.iter().all(|&s| s));
+        for b in 0..=255 {
+            assert_eq!(byte_of(words::letter(b)), Some(b));
+        }
         assert_eq!(byte_of('Ġ'), Some(b' '));
         assert_eq!(byte_of('Ċ'), Some(b'\n'));
         assert_eq!(byte_of('\u{144}'), None);
@@ -431,11 +468,31 @@ mod tests {
     }
 
     #[test]
-    fn pieces_do_not_change_the_result() {
+    fn neither_pieces_nor_the_short_way_change_the_result() {
         let text = corpus().concat().repeat(8);
         assert!(text.len() > 2 * PIECE_BYTES);
         let whole = TRAINED.plain.encode_fast(text.as_str(), false).unwrap();
+        assert!(TRAINED.words.is_some());
         assert_eq!(TRAINED.encode(&text).unwrap(), whole.get_ids());
+        assert_eq!(TRAINED.encode_with_special(&text).unwrap(), whole.get_ids());
+    }
+
+    #[test]
+    fn training_is_the_librarys() {
+        let byte_level = ByteLevel::new(false, true, true);
+        let mut inner = Inner::new(BPE::default());
+        inner.with_pre_tokenizer(Some(byte_level));
+        inner.with_decoder(Some(byte_level));
+        inner.with_post_processor(Some(byte_level));
+        let trainer = BpeTrainer::builder()
+            .show_progress(false)
+            .vocab_size(400)
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect::<HashSet<_>>())
+            .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
+            .build();
+        let mut trainer = tokenizers::models::TrainerWrapper::BpeTrainer(trainer);
+        inner.train(&mut trainer, corpus().iter()).unwrap();
+        assert_eq!(inner.to_string(false).unwrap(), TRAINED.to_json());
     }
 
     #[test]
@@ -474,6 +531,8 @@ mod tests {
         #[test]
         fn any_text_comes_back(text in "\\PC{0,200}|[ \\n\\ta-z0-9'é漢🦀]{0,200}") {
             let ids = TRAINED.encode(&text).unwrap();
+            let library = TRAINED.plain.encode_fast(text.as_str(), false).unwrap();
+            prop_assert_eq!(&ids[..], library.get_ids());
             prop_assert!(ids.iter().all(|&id| id != 0 && id < TRAINED.vocab_size()));
             prop_assert_eq!(TRAINED.decode(&ids), &text[..]);
             let bytes: Vec<u8> = ids.iter().flat_map(|&id| TRAINED.token_bytes(id)).collect();
@@ -484,9 +543,8 @@ mod tests {
         fn any_safe_cut_is_safe(text in "([a-z.,;: '!0-9é\\n\\t]|\\n[a-z]){0,120}", at in 0usize..100) {
             let cut = safe_cut(&text, at);
             let (a, b) = text.split_at(cut);
-            let mut ids = TRAINED.encode(a).unwrap();
-            ids.extend(TRAINED.encode(b).unwrap());
-            prop_assert_eq!(ids, TRAINED.encode(&text).unwrap());
+            let encode = |t: &str| TRAINED.plain.encode_fast(t, false).unwrap().get_ids().to_vec();
+            prop_assert_eq!([encode(a), encode(b)].concat(), encode(&text));
         }
     }
 }
