@@ -40,8 +40,7 @@ fn check(expected: &[f32], found: &[f32]) -> Result<f32, ExportError> {
     let mut largest = 0.0f32;
     for (token, (&e, &f)) in expected.iter().zip(found).enumerate() {
         let difference = (e - f).abs();
-        // Written so that NaN is a difference too.
-        if !(difference <= GOLDEN_TOLERANCE) {
+        if difference.is_nan() || difference > GOLDEN_TOLERANCE {
             let (expected, found, tolerance) = (e, f, GOLDEN_TOLERANCE);
             return Err(ExportError::Golden { token, expected, found, difference, tolerance });
         }
