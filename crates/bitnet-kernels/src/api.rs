@@ -22,7 +22,7 @@ impl Kernels {
     pub fn quantize(self, x: &[f32], q: &mut [i8]) -> (f32, i32) {
         let (head, padding) = q.split_at_mut(x.len());
         padding.fill(0);
-        dispatch!(self, isa => quantize::activations(isa, x, head))
+        dispatch!(self, _isa => quantize::activations(x, head))
     }
 
     /// Integer sums of packed rows and tokens: `out[t, n] = Σ_k trit[n, k] · q[t, k]`.
@@ -31,7 +31,9 @@ impl Kernels {
     /// If the shapes do not fit: `out` is `[tokens, rows]`.
     pub fn ternary_sums(self, w: TernaryRows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
         check_shapes(&w, &x, out.rows(), out.cols());
-        dispatch!(self, isa => product::product(isa, w, x, out, |t, sum| sum - x.sums[t]));
+        dispatch!(self, isa => product::product(isa, w, x, out, #[inline(always)] |t, sum| {
+            sum - x.sums[t]
+        }));
     }
 
     /// A BitLinear on quantised tokens:
@@ -42,7 +44,7 @@ impl Kernels {
     pub fn ternary_matmul(self, w: TernaryRows<'_>, x: TokensRef<'_>, out: MatMut<'_, f32>) {
         check_shapes(&w, &x, out.rows(), out.cols());
         let scale = w.weight_scale;
-        dispatch!(self, isa => product::product(isa, w, x, out, |t, sum| {
+        dispatch!(self, isa => product::product(isa, w, x, out, #[inline(always)] |t, sum| {
             dequantize(sum - x.sums[t], x.scales[t], scale)
         }));
     }
@@ -74,7 +76,7 @@ impl Kernels {
 
     /// Replaces logits by `e^(x - max)`; returns (max, their sum).
     pub fn exp_sum(self, x: &mut [f32]) -> (f32, f32) {
-        dispatch!(self, _isa => float::exp_sum(x))
+        dispatch!(self, isa => float::exp_sum(isa, x))
     }
 
     /// The dot product of two slices of one length, in the order of lanes.

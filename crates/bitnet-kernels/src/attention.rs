@@ -8,7 +8,7 @@
 use half::f16;
 
 use crate::float::exp_sum;
-use crate::simd::{Element, Simd};
+use crate::simd::{Element, Simd, array};
 
 /// Positions in a block of transposed keys.
 pub const KEY_BLOCK: usize = 16;
@@ -103,7 +103,7 @@ pub(crate) fn attend<S: Simd, E: Element>(
     let Query { q, len, scale } = query;
     let padded = len.div_ceil(KEY_BLOCK) * KEY_BLOCK;
     scores(isa, q, &key_blocks[..padded * q.len()], scale, &mut score[..padded]);
-    let (_, sum) = exp_sum(&mut score[..len]);
+    let (_, sum) = exp_sum(isa, &mut score[..len]);
     weighted_values(isa, &score[..len], &values[..len * out.len()], 1.0 / sum, out);
 }
 
@@ -132,8 +132,7 @@ fn score_blocks<S: Simd, E: Element, const B: usize>(
     scale: f32,
     out: &mut [[f32; KEY_BLOCK]; B],
 ) {
-    let blocks: [&[[E; KEY_BLOCK]]; B] =
-        std::array::from_fn(|b| &keys[b * q.len()..(b + 1) * q.len()]);
+    let blocks = array!(B, b => &keys[b * q.len()..(b + 1) * q.len()]);
     let mut sums = [isa.splat(0.0); B];
     for (c, &q) in q.iter().enumerate() {
         let q = isa.splat(q);
@@ -167,7 +166,10 @@ fn weighted_values<S: Simd, E: Element>(
     }
     for (c, out) in out.iter_mut().enumerate().skip(c) {
         let column = values.iter().skip(c).step_by(stride);
-        let sum = weights.iter().zip(column).fold(0.0, |sum, (&w, &v)| sum + w * v.widen());
+        let mut sum = 0.0;
+        for (&w, &v) in weights.iter().zip(column) {
+            sum += w * v.widen();
+        }
         *out = sum * inv_sum;
     }
 }

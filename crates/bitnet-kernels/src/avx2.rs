@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use crate::isa::isa_token;
-use crate::simd::Simd;
+use crate::simd::{Simd, array};
 
 isa_token! {
     /// AVX2 with F16C (Haswell, Zen and later).
@@ -25,6 +25,22 @@ macro_rules! op {
         // intrinsic among them, were detected; it touches no memory.
         unsafe { $call }
     }};
+}
+
+/// A value for each half of a vector.
+macro_rules! both {
+    ($i:ident => $value:expr) => {
+        [
+            {
+                let $i = 0;
+                $value
+            },
+            {
+                let $i = 1;
+                $value
+            },
+        ]
+    };
 }
 
 /// What both share: everything but the products.
@@ -52,14 +68,14 @@ macro_rules! implement {
             fn load(self, bytes: &[u8; 64]) -> Self::Bytes {
                 let (halves, _) = bytes.as_chunks::<32>();
                 // SAFETY: the features are proven by `self`; a half is 32 bytes.
-                [0, 1].map(|i| unsafe { _mm256_loadu_si256(halves[i].as_ptr().cast()) })
+                both!(i => unsafe { _mm256_loadu_si256(halves[i].as_ptr().cast()) })
             }
 
             #[inline(always)]
             fn load_acts(self, q: &[i8; 64]) -> Self::Bytes {
                 let (halves, _) = q.as_chunks::<32>();
                 // SAFETY: the features are proven by `self`; a half is 32 bytes.
-                [0, 1].map(|i| unsafe { _mm256_loadu_si256(halves[i].as_ptr().cast()) })
+                both!(i => unsafe { _mm256_loadu_si256(halves[i].as_ptr().cast()) })
             }
 
             #[inline(always)]
@@ -76,7 +92,8 @@ macro_rules! implement {
 
             #[inline(always)]
             fn plane(self, v: Self::Bytes, p: usize) -> Self::Bytes {
-                v.map(|v| {
+                both!(i => {
+                    let v = v[i];
                     let shifted = match p {
                         0 => v,
                         1 => op!(self, _mm256_srli_epi16::<2>(v)),
@@ -94,14 +111,14 @@ macro_rules! implement {
 
             #[inline(always)]
             fn add_sums(self, a: Self::Sums, b: Self::Sums) -> Self::Sums {
-                [0, 1].map(|i| op!(self, _mm256_add_epi32(a[i], b[i])))
+                both!(i => op!(self, _mm256_add_epi32(a[i], b[i])))
             }
 
             #[inline(always)]
             fn load_sums(self, lanes: &[i32; 16]) -> Self::Sums {
                 let (halves, _) = lanes.as_chunks::<8>();
                 // SAFETY: the features are proven by `self`; a half is 32 bytes.
-                [0, 1].map(|i| unsafe { _mm256_loadu_si256(halves[i].as_ptr().cast()) })
+                both!(i => unsafe { _mm256_loadu_si256(halves[i].as_ptr().cast()) })
             }
 
             #[inline(always)]
@@ -112,7 +129,7 @@ macro_rules! implement {
 
             #[inline(always)]
             fn totals(self, sums: [Self::Sums; 4]) -> [i32; 4] {
-                let [a, b, c, d] = sums.map(|[low, high]| op!(self, _mm256_add_epi32(low, high)));
+                let [a, b, c, d] = array!(4, i => op!(self, _mm256_add_epi32(sums[i][0], sums[i][1])));
                 let ab = op!(self, _mm256_hadd_epi32(a, b));
                 let cd = op!(self, _mm256_hadd_epi32(c, d));
                 let abcd = op!(self, _mm256_hadd_epi32(ab, cd));
@@ -128,22 +145,20 @@ macro_rules! implement {
             fn load_f32(self, x: &[f32; 16]) -> Self::Floats {
                 let (halves, _) = x.as_chunks::<8>();
                 // SAFETY: the features are proven by `self`; a half is 32 bytes.
-                [0, 1].map(|i| unsafe { _mm256_loadu_ps(halves[i].as_ptr()) })
+                both!(i => unsafe { _mm256_loadu_ps(halves[i].as_ptr()) })
             }
 
             #[inline(always)]
             fn load_f16(self, x: &[f16; 16]) -> Self::Floats {
                 let (halves, _) = x.as_chunks::<8>();
                 // SAFETY: the features are proven by `self`; a half is 16 bytes.
-                [0, 1].map(|i| unsafe {
-                    _mm256_cvtph_ps(_mm_loadu_si128(halves[i].as_ptr().cast()))
-                })
+                both!(i => unsafe { _mm256_cvtph_ps(_mm_loadu_si128(halves[i].as_ptr().cast())) })
             }
 
             #[inline(always)]
             fn load_bf16(self, x: &[bf16; 16]) -> Self::Floats {
                 let (halves, _) = x.as_chunks::<8>();
-                [0, 1].map(|i| {
+                both!(i => {
                     // SAFETY: the features are proven by `self`; a half is 16 bytes.
                     let bits = unsafe { _mm_loadu_si128(halves[i].as_ptr().cast()) };
                     op!(
@@ -160,12 +175,32 @@ macro_rules! implement {
 
             #[inline(always)]
             fn mul_add(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats {
-                [0, 1].map(|i| op!(self, _mm256_add_ps(acc[i], _mm256_mul_ps(a[i], b[i]))))
+                both!(i => op!(self, _mm256_add_ps(acc[i], _mm256_mul_ps(a[i], b[i]))))
             }
 
             #[inline(always)]
             fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
-                [0, 1].map(|i| op!(self, _mm256_mul_ps(a[i], b[i])))
+                both!(i => op!(self, _mm256_mul_ps(a[i], b[i])))
+            }
+
+            #[inline(always)]
+            fn larger(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
+                // `vmaxps` gives its second operand unless the first is larger.
+                both!(i => op!(self, _mm256_max_ps(b[i], a[i])))
+            }
+
+            #[inline(always)]
+            fn lane_sum(self, [low, high]: Self::Floats) -> f32 {
+                let half = op!(self, _mm256_add_ps(low, high));
+                let quarter = op!(
+                    self,
+                    _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
+                );
+                let eighth = op!(self, _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter)));
+                op!(
+                    self,
+                    _mm_cvtss_f32(_mm_add_ss(eighth, _mm_shuffle_ps::<1>(eighth, eighth)))
+                )
             }
 
             #[inline(always)]
@@ -193,7 +228,7 @@ implement!(Avx2 {
 
     #[inline(always)]
     fn dot(self, part: Self::Part, codes: Self::Bytes, acts: Self::Bytes) -> Self::Part {
-        [0, 1].map(|i| {
+        both!(i => {
             let pairs = op!(self, _mm256_maddubs_epi16(codes[i], acts[i]));
             op!(self, _mm256_add_epi16(part[i], pairs))
         })
@@ -201,7 +236,7 @@ implement!(Avx2 {
 
     #[inline(always)]
     fn part_sums(self, part: Self::Part) -> Self::Sums {
-        part.map(|part| op!(self, _mm256_madd_epi16(part, _mm256_set1_epi16(1))))
+        both!(i => op!(self, _mm256_madd_epi16(part[i], _mm256_set1_epi16(1))))
     }
 
     #[inline(always)]
@@ -237,7 +272,7 @@ implement!(AvxVnni {
 
     #[inline(always)]
     fn dot(self, part: Self::Part, codes: Self::Bytes, acts: Self::Bytes) -> Self::Part {
-        [0, 1].map(|i| op!(self, _mm256_dpbusd_avx_epi32(part[i], codes[i], acts[i])))
+        both!(i => op!(self, _mm256_dpbusd_avx_epi32(part[i], codes[i], acts[i])))
     }
 
     #[inline(always)]

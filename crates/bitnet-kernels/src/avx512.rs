@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use crate::isa::isa_token;
-use crate::simd::Simd;
+use crate::simd::{Simd, array};
 
 isa_token! {
     /// AVX-512 with VNNI (Cascade Lake, Zen 4 and later).
@@ -119,7 +119,7 @@ macro_rules! implement {
                 codes: __m512i,
                 acts: [__m512i; 4],
             ) -> [__m512i; 4] {
-                std::array::from_fn(|p| {
+                array!(4, p => {
                     let mask = op!(self, _mm512_set1_epi8((3u8 << (2 * p)) as i8));
                     let codes = op!(self, _mm512_and_si512(codes, mask));
                     self.dot(quad[p], codes, acts[p])
@@ -223,6 +223,74 @@ macro_rules! implement {
             #[inline(always)]
             fn mul(self, a: __m512, b: __m512) -> __m512 {
                 op!(self, _mm512_mul_ps(a, b))
+            }
+
+            #[inline(always)]
+            fn larger(self, a: __m512, b: __m512) -> __m512 {
+                // `vmaxps` gives its second operand unless the first is larger.
+                op!(self, _mm512_max_ps(b, a))
+            }
+
+            #[inline(always)]
+            fn lane_sum(self, v: __m512) -> f32 {
+                let half = op!(
+                    self,
+                    _mm256_add_ps(
+                        _mm512_castps512_ps256(v),
+                        _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)))
+                    )
+                );
+                let quarter = op!(
+                    self,
+                    _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half))
+                );
+                let eighth = op!(self, _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter)));
+                op!(
+                    self,
+                    _mm_cvtss_f32(_mm_add_ss(eighth, _mm_shuffle_ps::<1>(eighth, eighth)))
+                )
+            }
+
+            #[inline(always)]
+            fn transpose_words(self, rows: [&[u8; 64]; 16]) -> [[u8; 64]; 16] {
+                // Words of neighbours, then pairs of words, then groups of four.
+                let rows = array!(16, i => self.load(rows[i]));
+                let pairs = array!(16, i => {
+                    let (a, b) = (rows[i & !1], rows[i | 1]);
+                    if i % 2 == 0 {
+                        op!(self, _mm512_unpacklo_epi32(a, b))
+                    } else {
+                        op!(self, _mm512_unpackhi_epi32(a, b))
+                    }
+                });
+                // Entry 4g + j holds word 4q + j of rows 4g..4g + 4 in group q.
+                let quads = array!(16, i => {
+                    let (a, b) = (pairs[(i & !3) + i % 4 / 2], pairs[(i & !3) + i % 4 / 2 + 2]);
+                    if i % 2 == 0 {
+                        op!(self, _mm512_unpacklo_epi64(a, b))
+                    } else {
+                        op!(self, _mm512_unpackhi_epi64(a, b))
+                    }
+                });
+                // Groups 0 and 1, or 2 and 3, of two entries side by side.
+                let halves = array!(16, i => {
+                    let (a, b) = (quads[(i & 3) + (i & 8)], quads[(i & 3) + (i & 8) + 4]);
+                    if i & 4 == 0 {
+                        op!(self, _mm512_shuffle_i32x4::<0x44>(a, b))
+                    } else {
+                        op!(self, _mm512_shuffle_i32x4::<0xee>(a, b))
+                    }
+                });
+                // Word 4q + j: group q of the four entries 4g + j.
+                array!(16, i => {
+                    let at = (i & 3) + (i & 8) / 2;
+                    let (a, b) = (halves[at], halves[at + 8]);
+                    self.bytes(if i & 4 == 0 {
+                        op!(self, _mm512_shuffle_i32x4::<0x88>(a, b))
+                    } else {
+                        op!(self, _mm512_shuffle_i32x4::<0xdd>(a, b))
+                    })
+                })
             }
 
             #[inline(always)]

@@ -3,10 +3,10 @@
 
 use half::{bf16, f16};
 
-use bitnet_core::ternary::{LANES, lane_sum};
+use bitnet_core::ternary::LANES;
 
 use crate::mat::MatMut;
-use crate::simd::{Element, Simd};
+use crate::simd::{Element, Simd, array};
 
 /// The rows of a dense matrix, row-major, in one of the stored precisions.
 #[derive(Debug, Clone, Copy)]
@@ -136,10 +136,9 @@ impl<S: Simd, E: Element> Tile<'_, S, E> {
     #[inline(always)]
     fn run<const R: usize, const T: usize>(&mut self) -> usize {
         let Self { isa, cols, .. } = *self;
-        let row = |i: usize| (self.n + i) * cols..(self.n + i + 1) * cols;
-        let token = |i: usize| (self.t + i) * cols..(self.t + i + 1) * cols;
-        let w: [&[E]; R] = std::array::from_fn(|r| &self.w[row(r)]);
-        let x: [&[f32]; T] = std::array::from_fn(|t| &self.xs[token(t)]);
+        let (w, x) = (&self.w[self.n * cols..], &self.xs[self.t * cols..]);
+        let w = array!(R, r => &w[r * cols..(r + 1) * cols]);
+        let x = array!(T, t => &x[t * cols..(t + 1) * cols]);
         let sums = dot_tile(isa, w, x, cols);
         for (t, sums) in sums.iter().enumerate() {
             self.out.row(self.t + t)[self.n..self.n + R].copy_from_slice(sums);
@@ -157,11 +156,11 @@ fn dot_tile<S: Simd, E: Element, const R: usize, const T: usize>(
     cols: usize,
 ) -> [[f32; R]; T] {
     let whole = cols / LANES;
-    let chunks_w = w.map(|w| &w.as_chunks::<LANES>().0[..whole]);
-    let chunks_x = x.map(|x| &x.as_chunks::<LANES>().0[..whole]);
+    let chunks_w = array!(R, r => &w[r].as_chunks::<LANES>().0[..whole]);
+    let chunks_x = array!(T, t => &x[t].as_chunks::<LANES>().0[..whole]);
     let mut sums = [[isa.splat(0.0); R]; T];
     for k in 0..whole {
-        let w: [S::Floats; R] = std::array::from_fn(|r| E::load(isa, &chunks_w[r][k]));
+        let w = array!(R, r => E::load(isa, &chunks_w[r][k]));
         for t in 0..T {
             let x = isa.load_f32(&chunks_x[t][k]);
             for r in 0..R {
@@ -169,14 +168,16 @@ fn dot_tile<S: Simd, E: Element, const R: usize, const T: usize>(
             }
         }
     }
-    std::array::from_fn(|t| {
-        std::array::from_fn(|r| {
-            let mut lanes = isa.floats(sums[t][r]);
-            let rest = w[r][whole * LANES..].iter().zip(&x[t][whole * LANES..]);
-            for (lane, (&w, &x)) in lanes.iter_mut().zip(rest) {
-                *lane += w.widen() * x;
+    let mut out = [[0.0; R]; T];
+    for t in 0..T {
+        for r in 0..R {
+            if !cols.is_multiple_of(LANES) {
+                let w = E::load_rest(isa, &w[r][whole * LANES..]);
+                let x = f32::load_rest(isa, &x[t][whole * LANES..]);
+                sums[t][r] = isa.mul_add(sums[t][r], w, x);
             }
-            lane_sum(lanes)
-        })
-    })
+            out[t][r] = isa.lane_sum(sums[t][r]);
+        }
+    }
+    out
 }

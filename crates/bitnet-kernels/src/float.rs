@@ -2,9 +2,9 @@
 //! embedding. Written over sixteen lanes; an instruction set compiles the same
 //! bodies with its own vectors and gets the same bits.
 
-use bitnet_core::ternary::{LANES, lane_sum};
+use bitnet_core::ternary::LANES;
 
-use crate::simd::Simd;
+use crate::simd::{Element, Simd};
 
 /// 1.5 · 2^23: added to a float below 2^22 it leaves the integer nearest to that,
 /// ties to even, in the low bits of the sum.
@@ -53,11 +53,10 @@ pub(crate) fn dot<S: Simd>(isa: S, a: &[f32], b: &[f32]) -> f32 {
     for (a, b) in a.iter().zip(b) {
         sum = isa.mul_add(sum, isa.load_f32(a), isa.load_f32(b));
     }
-    let mut lanes = isa.floats(sum);
-    for (lane, (a, b)) in lanes.iter_mut().zip(a_rest.iter().zip(b_rest)) {
-        *lane += a * b;
+    if !a_rest.is_empty() {
+        sum = isa.mul_add(sum, f32::load_rest(isa, a_rest), f32::load_rest(isa, b_rest));
     }
-    lane_sum(lanes)
+    isa.lane_sum(sum)
 }
 
 /// `1 / sqrt(mean(x²) + eps)`.
@@ -126,29 +125,35 @@ pub(crate) fn add_assign(x: &mut [f32], y: &[f32]) {
 
 /// Replaces logits by `e^(x - max)`; returns (max, sum of them in lane order).
 #[inline(always)]
-pub(crate) fn exp_sum(x: &mut [f32]) -> (f32, f32) {
-    let larger = |m: f32, v: f32| if v > m { v } else { m };
-    let mut max_lanes = [f32::NEG_INFINITY; LANES];
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            max_lanes[i] = larger(max_lanes[i], chunk[i]);
-        }
-    }
-    let max = max_lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| larger(m, v));
-    let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = x.as_chunks_mut::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            chunk[i] = exp(chunk[i] - max);
-            lanes[i] += chunk[i];
-        }
-    }
-    for (i, v) in rest.iter_mut().enumerate() {
+pub(crate) fn exp_sum<S: Simd>(isa: S, x: &mut [f32]) -> (f32, f32) {
+    let max = max(isa, x);
+    for v in &mut *x {
         *v = exp(*v - max);
-        lanes[i] += *v;
     }
-    (max, lane_sum(lanes))
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let (mut sum, one) = (isa.splat(0.0), isa.splat(1.0));
+    for chunk in chunks {
+        sum = isa.mul_add(sum, isa.load_f32(chunk), one);
+    }
+    // An exponential is not negative, so the zeros behind the rest change no bit.
+    sum = isa.mul_add(sum, f32::load_rest(isa, rest), one);
+    (max, isa.lane_sum(sum))
+}
+
+/// The largest number.
+#[inline(always)]
+fn max<S: Simd>(isa: S, x: &[f32]) -> f32 {
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let mut lanes = isa.splat(f32::NEG_INFINITY);
+    for chunk in chunks {
+        lanes = isa.larger(lanes, isa.load_f32(chunk));
+    }
+    let mut max = f32::NEG_INFINITY;
+    for &v in isa.floats(lanes).iter().chain(rest) {
+        // Not `f32::max`, which may choose either of two zeros.
+        max = if v > max { v } else { max };
+    }
+    max
 }
 
 #[cfg(test)]

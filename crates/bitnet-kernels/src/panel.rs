@@ -11,7 +11,7 @@ use std::mem::MaybeUninit;
 
 use crate::mat::MatMut;
 use crate::product::Codec;
-use crate::simd::Simd;
+use crate::simd::{Simd, array};
 use crate::ternary::{TernaryRows, TokensRef};
 
 /// Rows in a vector of the panel.
@@ -68,7 +68,9 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
                 // SAFETY: `panel_sums` has written the sums of every token.
                 let sums = unsafe { init(&scratch.sums[at..at + units]) }.as_flattened();
                 let out = &mut out.row(t)[n..n + rows];
-                out.iter_mut().zip(sums).for_each(|(o, &sum)| *o = finish(t, sum));
+                for (out, &sum) in out.iter_mut().zip(sums) {
+                    *out = finish(t, sum);
+                }
             }
             n += rows;
         }
@@ -131,7 +133,7 @@ fn unpack<S: Simd, C: Codec, const U: usize>(
     for (block, panel) in range.zip(panel.chunks_exact_mut(C::PLANES * UNIT * U)) {
         for u in 0..U {
             // Behind the last row its neighbour is repeated and its sums dropped.
-            let rows: [&[u8; 64]; UNIT] = std::array::from_fn(|r| {
+            let rows: [&[u8; 64]; UNIT] = array!(UNIT, r => {
                 &bytes[(u * UNIT + r).min(w.len() - 1) * row_blocks + block]
             });
             let words = isa.transpose_words(rows);
@@ -164,7 +166,7 @@ fn tile<S: Simd, const U: usize, const T: usize>(
     sums: &mut [MaybeUninit<[i32; 16]>],
 ) {
     let steps = panel.len() / U;
-    let q: [&[[i8; 4]]; T] = std::array::from_fn(|t| {
+    let q: [&[[i8; 4]]; T] = array!(T, t => {
         &acts.x.token(acts.t + t).as_chunks::<4>().0[acts.step..acts.step + steps]
     });
     let sums = &mut sums[..T * U];
@@ -174,7 +176,7 @@ fn tile<S: Simd, const U: usize, const T: usize>(
         let end = steps.min(start.saturating_add(S::PART_DOTS));
         let mut parts = [[isa.part_zero(); U]; T];
         for (k, step) in (start..end).zip(panel[start * U..end * U].as_chunks::<U>().0) {
-            let codes: [S::Bytes; U] = std::array::from_fn(|u| isa.load(&step[u]));
+            let codes: [S::Bytes; U] = array!(U, u => isa.load(&step[u]));
             for t in 0..T {
                 // SAFETY: k < steps, the length of every slice in q.
                 let acts = isa.splat_acts(unsafe { *q[t].get_unchecked(k) });

@@ -1,8 +1,9 @@
 //! The operations in plain Rust, for every machine (and for Miri).
 
+use bitnet_core::ternary::lane_sum;
 use half::{bf16, f16};
 
-use crate::simd::{Simd, widen_bf16, widen_f16};
+use crate::simd::{Simd, array, widen_bf16, widen_f16};
 
 /// Plain Rust.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,12 +46,12 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn load_acts(self, q: &[i8; 64]) -> [u8; 64] {
-        q.map(|q| q as u8)
+        array!(64, i => q[i] as u8)
     }
 
     #[inline(always)]
     fn splat_acts(self, q: [i8; 4]) -> [u8; 64] {
-        std::array::from_fn(|i| q[i % 4] as u8)
+        array!(64, i => q[i % 4] as u8)
     }
 
     #[inline(always)]
@@ -60,7 +61,7 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn plane(self, v: [u8; 64], p: usize) -> [u8; 64] {
-        v.map(|b| (b >> (2 * p)) & 3)
+        array!(64, i => (v[i] >> (2 * p)) & 3)
     }
 
     #[inline(always)]
@@ -91,7 +92,11 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn quad_dot(self, quad: [i32; 16], codes: [u8; 64], acts: [[u8; 64]; 4]) -> [i32; 16] {
-        (0..4).fold(quad, |quad, p| self.dot(quad, self.plane(codes, p), acts[p]))
+        let mut quad = quad;
+        for p in 0..4 {
+            quad = self.dot(quad, self.plane(codes, p), acts[p]);
+        }
+        quad
     }
 
     #[inline(always)]
@@ -106,7 +111,7 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn add_sums(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
-        std::array::from_fn(|i| a[i] + b[i])
+        array!(16, i => a[i] + b[i])
     }
 
     #[inline(always)]
@@ -121,7 +126,7 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn totals(self, sums: [[i32; 16]; 4]) -> [i32; 4] {
-        sums.map(|lanes| lanes.iter().sum())
+        array!(4, i => sums[i].iter().sum())
     }
 
     #[inline(always)]
@@ -131,12 +136,12 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn load_f16(self, x: &[f16; 16]) -> [f32; 16] {
-        x.map(widen_f16)
+        array!(16, i => widen_f16(x[i]))
     }
 
     #[inline(always)]
     fn load_bf16(self, x: &[bf16; 16]) -> [f32; 16] {
-        x.map(widen_bf16)
+        array!(16, i => widen_bf16(x[i]))
     }
 
     #[inline(always)]
@@ -146,16 +151,26 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn mul_add(self, acc: [f32; 16], a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| acc[i] + a[i] * b[i])
+        array!(16, i => acc[i] + a[i] * b[i])
     }
 
     #[inline(always)]
     fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
-        std::array::from_fn(|i| a[i] * b[i])
+        array!(16, i => a[i] * b[i])
+    }
+
+    #[inline(always)]
+    fn larger(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        array!(16, i => if b[i] > a[i] { b[i] } else { a[i] })
     }
 
     #[inline(always)]
     fn floats(self, v: [f32; 16]) -> [f32; 16] {
         v
+    }
+
+    #[inline(always)]
+    fn lane_sum(self, v: [f32; 16]) -> f32 {
+        lane_sum(v)
     }
 }

@@ -2,44 +2,34 @@
 //! packed codes. Written so that every instruction set's compiler makes vectors
 //! of them; equal to the definitions in [`bitnet_core::ternary`].
 
-use bitnet_core::ternary::{self, LANES};
+use bitnet_core::ternary;
 
 use crate::float::round_to_int;
-use crate::simd::Simd;
 
 /// See [`crate::Kernels::quantize`]; `q` is as long as `x`.
 #[inline(always)]
-pub(crate) fn activations<S: Simd>(_isa: S, x: &[f32], q: &mut [i8]) -> (f32, i32) {
+pub(crate) fn activations(x: &[f32], q: &mut [i8]) -> (f32, i32) {
     let (act_scale, inv_act_scale) = ternary::act_scales(absmax(x));
-    let mut sums = [0i32; LANES];
-    let ((x, x_rest), (q, q_rest)) = (x.as_chunks::<LANES>(), q.as_chunks_mut::<LANES>());
-    for (x, q) in x.iter().zip(q) {
-        let ints = x.map(|x| quantize_activation(x, inv_act_scale));
-        for i in 0..LANES {
-            sums[i] += ints[i];
-        }
-        *q = ints.map(|v| v as i8);
-    }
-    for (i, (&x, q)) in x_rest.iter().zip(q_rest).enumerate() {
+    let mut sum = 0i32;
+    for (q, &x) in q.iter_mut().zip(x) {
         let int = quantize_activation(x, inv_act_scale);
-        sums[i] += int;
+        sum += int;
         *q = int as i8;
     }
-    (act_scale, sums.iter().sum())
+    (act_scale, sum)
 }
 
-/// [`ternary::absmax`] with a comparison that is one instruction.
+/// [`ternary::absmax`], over bit patterns: magnitudes are ordered as integers,
+/// and an integer maximum may be taken in any order.
 #[inline(always)]
 fn absmax(x: &[f32]) -> f32 {
-    let larger = |m: f32, v: f32| if v.abs() > m { v.abs() } else { m };
-    let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = x.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            lanes[i] = larger(lanes[i], chunk[i]);
-        }
+    let mut max = ternary::EPSILON.to_bits();
+    for &v in x {
+        let bits = v.abs().to_bits();
+        // Above infinity lie the patterns that are not numbers; they do not count.
+        max = max.max(if bits > f32::INFINITY.to_bits() { 0 } else { bits });
     }
-    rest.iter().chain(&lanes).fold(ternary::EPSILON, |m, &v| larger(m, v))
+    f32::from_bits(max)
 }
 
 /// [`ternary::quantize_activation`] for |x| <= absmax, infinite or not a number.

@@ -3,7 +3,7 @@
 
 use crate::mat::MatMut;
 use crate::product::Codec;
-use crate::simd::Simd;
+use crate::simd::{Simd, array};
 use crate::ternary::{TernaryRows, TokensRef};
 
 /// Rows that are read side by side.
@@ -23,38 +23,54 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
 ) {
     let blocks = w.layout.row_bytes(w.cols) / 64;
     let bytes = w.bytes.as_chunks::<64>().0;
-    let acts = |t| &x.token(t).as_chunks::<64>().0[..blocks * C::PLANES];
     let mut n = 0;
     while n < w.len() {
         // Behind the last row its neighbour is repeated and its sum dropped.
-        let rows: [&[[u8; 64]]; ROWS] = std::array::from_fn(|r| {
+        let rows: [&[[u8; 64]]; ROWS] = array!(ROWS, r => {
             let row = (n + r).min(w.len() - 1);
             &bytes[row * blocks..(row + 1) * blocks]
         });
         let valid = ROWS.min(w.len() - n);
-        let mut put = |t: usize, sums: [i32; ROWS]| {
-            let out = &mut out.row(t)[n..n + valid];
-            out.iter_mut().zip(sums).for_each(|(o, sum)| *o = finish(t, sum));
-        };
         let mut t = 0;
         while t < x.len() {
-            match x.len() - t {
-                1 => put(t, C::dot_rows(isa, rows, acts(t))),
+            // Up to four tokens at a time; where registers are few, three at most.
+            let mut sums = [[0; ROWS]; 4];
+            let count = match x.len() - t {
+                1 => {
+                    sums[0] = C::dot_rows(isa, rows, token::<C>(&x, t, blocks));
+                    1
+                }
+                4.. if S::WIDE => {
+                    let acts = array!(4, i => token::<C>(&x, t + i, blocks));
+                    sums = dot_block::<S, C, 4>(isa, rows, acts);
+                    4
+                }
                 2 | 4 => {
-                    let sums = dot_block::<S, C, 2>(isa, rows, [acts(t), acts(t + 1)]);
-                    (0..2).for_each(|i| put(t + i, sums[i]));
-                    t += 1;
+                    let acts = array!(2, i => token::<C>(&x, t + i, blocks));
+                    [sums[0], sums[1]] = dot_block::<S, C, 2>(isa, rows, acts);
+                    2
                 }
                 _ => {
-                    let sums = dot_block::<S, C, 3>(isa, rows, [0, 1, 2].map(|i| acts(t + i)));
-                    (0..3).for_each(|i| put(t + i, sums[i]));
-                    t += 2;
+                    let acts = array!(3, i => token::<C>(&x, t + i, blocks));
+                    [sums[0], sums[1], sums[2]] = dot_block::<S, C, 3>(isa, rows, acts);
+                    3
+                }
+            };
+            for (t, sums) in (t..).zip(&sums[..count]) {
+                for (out, &sum) in out.row(t)[n..n + valid].iter_mut().zip(sums) {
+                    *out = finish(t, sum);
                 }
             }
-            t += 1;
+            t += count;
         }
         n += ROWS;
     }
+}
+
+/// The activations of one token that meet `blocks` blocks.
+#[inline(always)]
+fn token<'a, C: Codec>(x: &TokensRef<'a>, t: usize, blocks: usize) -> &'a [[i8; 64]] {
+    &x.token(t).as_chunks::<64>().0[..blocks * C::PLANES]
 }
 
 /// Totals of four rows of 2-bit codes and one token, without unpacking where the
@@ -67,14 +83,14 @@ pub(crate) fn dot_quads<S: Simd>(
 ) -> [i32; ROWS] {
     let acts = acts.as_chunks::<4>().0;
     let blocks = acts.len();
-    let rows = rows.map(|row| &row[..blocks]);
+    let rows = array!(ROWS, r => &rows[r][..blocks]);
     let mut sums = [isa.sums_zero(); ROWS];
     let mut start = 0;
     while start < blocks {
         let end = blocks.min(start.saturating_add(S::QUAD_DOTS));
         let mut quads = [isa.quad_zero(); ROWS];
         for b in start..end {
-            let acts = [0, 1, 2, 3].map(|p| isa.load_acts(&acts[b][p]));
+            let acts = array!(4, p => isa.load_acts(&acts[b][p]));
             for r in 0..ROWS {
                 isa.prefetch(rows[r][b].as_ptr().wrapping_add(PREFETCH_BYTES));
                 quads[r] = isa.quad_dot(quads[r], isa.load(&rows[r][b]), acts);
@@ -96,21 +112,20 @@ fn dot_block<S: Simd, C: Codec, const T: usize>(
     acts: [&[[i8; 64]]; T],
 ) -> [[i32; ROWS]; T] {
     let blocks = rows[0].len();
-    let rows = rows.map(|row| &row[..blocks]);
-    let acts = acts.map(|acts| &acts[..blocks * C::PLANES]);
+    let rows = array!(ROWS, r => &rows[r][..blocks]);
+    let acts = array!(T, t => &acts[t][..blocks * C::PLANES]);
     let mut sums = [[isa.sums_zero(); ROWS]; T];
     let mut start = 0;
     while start < blocks {
         let end = blocks.min(start.saturating_add(S::PART_DOTS / C::PLANES));
         let mut parts = [[isa.part_zero(); ROWS]; T];
         for b in start..end {
-            let prepared = rows.map(|row| {
-                isa.prefetch(row[b].as_ptr().wrapping_add(PREFETCH_BYTES));
-                C::prepare(isa, isa.load(&row[b]))
+            let prepared = array!(ROWS, r => {
+                isa.prefetch(rows[r][b].as_ptr().wrapping_add(PREFETCH_BYTES));
+                C::prepare(isa, isa.load(&rows[r][b]))
             });
             for p in 0..C::PLANES {
-                let q: [S::Bytes; T] =
-                    std::array::from_fn(|t| isa.load_acts(&acts[t][b * C::PLANES + p]));
+                let q = array!(T, t => isa.load_acts(&acts[t][b * C::PLANES + p]));
                 for r in 0..ROWS {
                     let codes = C::plane(isa, prepared[r], p);
                     for t in 0..T {
@@ -126,5 +141,5 @@ fn dot_block<S: Simd, C: Codec, const T: usize>(
         }
         start = end;
     }
-    sums.map(|sums| isa.totals(sums))
+    array!(T, t => isa.totals(sums[t]))
 }

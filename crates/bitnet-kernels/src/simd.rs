@@ -7,6 +7,22 @@
 
 use half::{bf16, f16};
 
+/// An array of `$n` elements, element `$i` being `$value`. A loop instead of
+/// `from_fn` or `map`, whose closures are not sure to be inlined: code that is
+/// not inlined into [`Simd::vectorize`] is not compiled for the instruction set.
+macro_rules! array {
+    ($n:expr, $i:ident => $value:expr) => {{
+        let $i = 0;
+        let mut out = [$value; $n];
+        #[allow(clippy::needless_range_loop, reason = "the index is what varies")]
+        for $i in 1..$n {
+            out[$i] = $value;
+        }
+        out
+    }};
+}
+pub(crate) use array;
+
 /// A value is the proof that its instruction set is present on this machine.
 pub(crate) trait Simd: Copy {
     /// 64 bytes: packed codes, u8 codes or i8 activations.
@@ -85,8 +101,12 @@ pub(crate) trait Simd: Copy {
     fn mul_add(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `a · b`.
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `b` where it is larger than `a`, else `a`: a NaN in `b` does not count.
+    fn larger(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// The lanes.
     fn floats(self, v: Self::Floats) -> [f32; 16];
+    /// [`bitnet_core::ternary::lane_sum`].
+    fn lane_sum(self, v: Self::Floats) -> f32;
 
     /// Transposes sixteen rows of sixteen 4-byte words.
     #[inline(always)]
@@ -102,11 +122,19 @@ pub(crate) trait Simd: Copy {
 }
 
 /// A stored float; its value as f32 is exact.
-pub(crate) trait Element: Copy {
+pub(crate) trait Element: Copy + Default {
     /// The value.
     fn widen(self) -> f32;
     /// Sixteen values.
     fn load<S: Simd>(isa: S, x: &[Self; 16]) -> S::Floats;
+    /// Fewer than sixteen values, then zeros. A product of two such zeros may be
+    /// added to a lane that began at +0: it changes no bit, not even a sign.
+    #[inline(always)]
+    fn load_rest<S: Simd>(isa: S, x: &[Self]) -> S::Floats {
+        let mut padded = [Self::default(); 16];
+        padded[..x.len()].copy_from_slice(x);
+        Self::load(isa, &padded)
+    }
 }
 
 impl Element for f32 {

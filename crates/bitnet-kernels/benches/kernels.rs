@@ -1,0 +1,343 @@
+//! Speed of the kernels beside the limits of the machine: packed products of one
+//! token against read bandwidth, products of many tokens against the peak of the
+//! int8 instruction, and the float operations in elements per second.
+//!
+//! Medians of interleaved runs (with `--best` the fastest, for a machine that is
+//! busy with other work); limits are measured in the same process.
+//! `cargo bench -p bitnet-kernels -- [gemv|gemm|float] [--best]`
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use bitnet_core::Layout;
+use bitnet_kernels::{
+    DenseRows, Kernels, MatMut, QuantizedTokens, TernaryRows, key_blocks_len, store_key,
+};
+use half::f16;
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let wanted = |name: &str| {
+        let names: Vec<_> = args.iter().filter(|a| !a.starts_with('-')).collect();
+        names.is_empty() || names.iter().any(|a| name.contains(a.as_str()))
+    };
+    if wanted("gemv") {
+        gemv();
+    }
+    if wanted("gemm") {
+        gemm();
+    }
+    if wanted("float") {
+        float();
+    }
+}
+
+/// The median (or best) time of each of some runs, taken in turns for `budget`.
+fn medians(budget: Duration, runs: &mut [(String, Box<dyn FnMut() + '_>)]) -> Vec<f64> {
+    let best = std::env::args().any(|arg| arg == "--best");
+    let mut times = vec![Vec::new(); runs.len()];
+    runs.iter_mut().for_each(|(_, run)| run());
+    let start = Instant::now();
+    while start.elapsed() < budget || times[0].len() < 5 {
+        for ((_, run), times) in runs.iter_mut().zip(&mut times) {
+            // Once untimed, so that no run pays for what the one before it evicted.
+            run();
+            let start = Instant::now();
+            run();
+            times.push(start.elapsed().as_secs_f64());
+        }
+    }
+    times
+        .into_iter()
+        .map(|mut t| {
+            t.sort_by(f64::total_cmp);
+            if best { t[0] } else { t[t.len() / 2] }
+        })
+        .collect()
+}
+
+/// Bytes that are not all alike.
+fn noise(len: usize) -> Vec<u8> {
+    let mut state = 1u64;
+    let mut out = Vec::with_capacity(len);
+    while out.len() < len {
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        out.extend_from_slice(&(state >> 16).to_le_bytes()[..4]);
+    }
+    out.truncate(len);
+    out
+}
+
+/// Valid packed bytes (no code 3) of a layout.
+fn packed(layout: Layout, len: usize) -> Vec<u8> {
+    let mut bytes = noise(len);
+    match layout {
+        Layout::P2 => bytes.iter_mut().for_each(|b| *b &= !((*b >> 1) & 0x55)),
+    }
+    bytes
+}
+
+fn tokens(count: usize, cols: usize) -> QuantizedTokens {
+    let mut x = QuantizedTokens::default();
+    x.resize(count, cols);
+    let q = noise(count * cols);
+    for t in 0..count {
+        let at = t * x.stride;
+        for (q, &b) in x.q[at..at + cols].iter_mut().zip(&q[t * cols..]) {
+            *q = b as i8;
+        }
+        x.sums[t] = x.q[at..at + cols].iter().map(|&q| i32::from(q)).sum();
+        x.scales[t] = 0.01;
+    }
+    x
+}
+
+/// Reads all bytes and does nothing else with them.
+fn read(bytes: &[u8]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx512f") {
+        // SAFETY: the feature was detected.
+        return unsafe { read_avx512(bytes) };
+    }
+    let mut sums = [0u64; 8];
+    for chunk in bytes.as_chunks::<64>().0 {
+        for (sum, word) in sums.iter_mut().zip(chunk.as_chunks::<8>().0) {
+            *sum ^= u64::from_le_bytes(*word);
+        }
+    }
+    sums.iter().fold(0, |a, b| a ^ b)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn read_avx512(bytes: &[u8]) -> u64 {
+    use std::arch::x86_64::*;
+    let mut sums = [_mm512_setzero_si512(); 4];
+    for chunk in bytes.as_chunks::<256>().0 {
+        for (sum, part) in sums.iter_mut().zip(chunk.as_chunks::<64>().0) {
+            // SAFETY: a part is 64 bytes.
+            let v = unsafe { _mm512_loadu_si512(part.as_ptr().cast()) };
+            *sum = _mm512_xor_si512(*sum, v);
+        }
+    }
+    let [a, b, c, d] = sums;
+    let all = _mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d));
+    _mm512_reduce_add_epi64(all) as u64
+}
+
+/// Runs `job` on each part of `0..rows` in a thread of its own and waits.
+fn split(threads: usize, rows: usize, job: impl Fn(usize, usize) + Sync) {
+    if threads == 1 {
+        return job(0, rows);
+    }
+    std::thread::scope(|s| {
+        for i in 0..threads {
+            let job = &job;
+            s.spawn(move || job(i * rows / threads, (i + 1) * rows / threads));
+        }
+    });
+}
+
+/// One token: weights a second, beside reading as many packed bytes.
+fn gemv() {
+    println!("ternary product of one token, K = 2560 (Gweights/s)");
+    let kernels = Kernels::all();
+    for weights in [4_000_000, 96_000_000, 480_000_000] {
+        let cols = 2560;
+        let rows = weights / cols;
+        let bytes = packed(Layout::P2, rows * Layout::P2.row_bytes(cols));
+        let x = tokens(1, cols);
+        // Small matrices are run several times, so that starting threads is no part.
+        let repeat = (96_000_000 / weights).max(1);
+        for threads in [1, 2] {
+            let mut runs: Vec<(String, Box<dyn FnMut() + '_>)> = Vec::new();
+            runs.push((
+                "read".into(),
+                Box::new(|| {
+                    split(threads, rows, |from, to| {
+                        let row = Layout::P2.row_bytes(cols);
+                        for _ in 0..repeat {
+                            black_box(read(black_box(&bytes[from * row..to * row])));
+                        }
+                    });
+                }),
+            ));
+            for &k in &kernels {
+                let (bytes, x) = (&bytes, &x);
+                let w = TernaryRows { layout: Layout::P2, cols, weight_scale: 0.5, bytes };
+                runs.push((
+                    k.name().into(),
+                    Box::new(move || {
+                        split(threads, rows, |from, to| {
+                            let mut out = vec![0f32; to - from];
+                            for _ in 0..repeat {
+                                let out = MatMut::new(&mut out, 1, to - from);
+                                k.ternary_matmul(w.rows(from, to), black_box(x.view()), out);
+                            }
+                            black_box(&out);
+                        });
+                    }),
+                ));
+            }
+            let times = medians(Duration::from_secs(2), &mut runs);
+            let line: Vec<String> = runs
+                .iter()
+                .zip(&times)
+                .map(|((name, _), t)| {
+                    let rate = (rows * cols * repeat) as f64 / t * 1e-9;
+                    format!("{name} {rate:.1} ({:.0}%)", 100.0 * times[0] / t)
+                })
+                .collect();
+            println!("  {:>4}M, {threads} threads: {}", weights / 1_000_000, line.join(", "));
+        }
+    }
+}
+
+/// `steps` rounds of 24 independent `vpdpbusd`; the operations done.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn peak_avx512(steps: usize) -> f64 {
+    use std::arch::x86_64::*;
+    let mut acc = [_mm512_setzero_si512(); 24];
+    let (a, b) = (black_box(_mm512_set1_epi8(1)), black_box(_mm512_set1_epi8(2)));
+    for _ in 0..steps {
+        for acc in &mut acc {
+            *acc = _mm512_dpbusd_epi32(*acc, a, b);
+        }
+        // The sums must look used, and each step different from the last.
+        black_box(&a);
+    }
+    black_box(acc);
+    (steps * 24 * 64) as f64
+}
+
+/// Many tokens: multiply-adds a second, beside the peak of the instruction.
+fn gemm() {
+    println!("ternary product of T tokens, one thread (GMAC/s, share of vpdpbusd's peak)");
+    let kernels = Kernels::all();
+    for (cols, rows, count) in [
+        (2560, 2560, 2),
+        (2560, 2560, 4),
+        (2560, 2560, 7),
+        (2560, 2560, 8),
+        (2560, 2560, 16),
+        (2560, 2560, 32),
+        (2560, 2560, 64),
+        (2560, 2560, 256),
+        (6912, 2560, 256),
+        (2560, 6912, 256),
+        (576, 576, 256),
+        (256, 256, 256),
+    ] {
+        let bytes = packed(Layout::P2, rows * Layout::P2.row_bytes(cols));
+        let x = tokens(count, cols);
+        let mut peak_macs = 0.0;
+        let mut runs: Vec<(String, Box<dyn FnMut() + '_>)> = Vec::new();
+        runs.push((
+            "peak".into(),
+            Box::new(|| {
+                #[cfg(target_arch = "x86_64")]
+                if Kernels::by_name("avx512vnni").is_ok() {
+                    // SAFETY: the features of `avx512vnni` were detected.
+                    peak_macs = unsafe { peak_avx512(100_000) };
+                }
+            }),
+        ));
+        for &k in &kernels {
+            if k.name() == "portable" && count > 16 {
+                continue;
+            }
+            let w = TernaryRows { layout: Layout::P2, cols, weight_scale: 0.5, bytes: &bytes };
+            let mut out = vec![0f32; rows * count];
+            let x = &x;
+            runs.push((
+                k.name().into(),
+                Box::new(move || {
+                    k.ternary_matmul(w, black_box(x.view()), MatMut::new(&mut out, count, rows));
+                    black_box(&out);
+                }),
+            ));
+        }
+        let times = medians(Duration::from_secs(1), &mut runs);
+        let names: Vec<String> = runs.iter().map(|(name, _)| name.clone()).collect();
+        drop(runs);
+        let peak = peak_macs / times[0] * 1e-9;
+        let line: Vec<String> = names[1..]
+            .iter()
+            .zip(&times[1..])
+            .map(|(name, t)| {
+                let rate = (rows * cols * count) as f64 / t * 1e-9;
+                format!("{name} {rate:.0} ({:.0}%)", 100.0 * rate / peak)
+            })
+            .collect();
+        println!("  K {cols} N {rows} T {count:>3}: peak {peak:.0}, {}", line.join(", "));
+    }
+}
+
+/// The float operations, in elements a second.
+fn float() {
+    println!("float operations, one thread (G elements/s)");
+    let n = 6912;
+    let a: Vec<f32> = noise(n).iter().map(|&b| f32::from(b as i8) * 0.03).collect();
+    let weight = vec![1.1f32; n];
+    let kernels = Kernels::all();
+    let line = |name: &str, elements: usize, run: &mut dyn FnMut(Kernels)| {
+        let mut cells = Vec::new();
+        for &k in &kernels {
+            let mut runs: Vec<(String, Box<dyn FnMut() + '_>)> =
+                vec![(String::new(), Box::new(|| (0..20).for_each(|_| run(k))))];
+            let t = medians(Duration::from_millis(200), &mut runs)[0];
+            cells.push(format!("{} {:.2}", k.name(), (20 * elements) as f64 / t * 1e-9));
+        }
+        println!("  {name}: {}", cells.join(", "));
+    };
+    let mut out = vec![0f32; n];
+    let mut q = vec![0i8; n];
+    line("rms_norm", n, &mut |k| {
+        black_box(k.rms_norm(black_box(&a), &weight, 1e-5, &mut out));
+    });
+    line("quantize", n, &mut |k| {
+        black_box(k.quantize(black_box(&a), &mut q));
+    });
+    line("silu_mul", n, &mut |k| k.silu_mul(black_box(&a), &weight, &mut out));
+    line("relu2_mul", n, &mut |k| k.relu2_mul(black_box(&a), &weight, &mut out));
+    line("exp_sum", n, &mut |k| {
+        out.copy_from_slice(black_box(&a));
+        black_box(k.exp_sum(&mut out));
+    });
+    line("dot", n, &mut |k| {
+        black_box(k.dot(black_box(&a), &weight));
+    });
+    line("row_abs_sum", n, &mut |k| {
+        black_box(k.row_abs_sum(black_box(&a)));
+    });
+    line("quantize_weight_row", n, &mut |k| {
+        k.quantize_weight_row(black_box(&a), 1.3, &mut q);
+    });
+    let mut bytes = vec![0u8; Layout::P2.row_bytes(n)];
+    line("pack_weight_row", n, &mut |k| {
+        k.pack_weight_row(black_box(&a), 1.3, &mut bytes);
+    });
+    let (len, head) = (1000, 128);
+    let mut keys = vec![f16::ZERO; key_blocks_len(len, head)];
+    (0..len).for_each(|t| store_key(&mut keys, t, &a[t..t + head]));
+    let values: Vec<f16> = (0..len * head).map(|i| f16::from_f32(a[i % n])).collect();
+    let mut scores = vec![0f32; 1008];
+    let mut head_out = vec![0f32; head];
+    line("attend f16 (key elements)", len * head, &mut |k| {
+        k.attend(&a[..head], &keys, &values, len, 0.08, &mut scores, &mut head_out);
+    });
+    let (rows, cols) = (1000, 1024);
+    let w: Vec<f16> = (0..rows * cols).map(|i| f16::from_f32(a[i % n])).collect();
+    let mut head_out = vec![0f32; rows];
+    line("dense_matvec f16", rows * cols, &mut |k| {
+        k.dense_matvec(DenseRows::F16(&w), &a[..cols], &mut head_out);
+    });
+    let xs: Vec<f32> = (0..64 * cols).map(|i| a[i % n]).collect();
+    let mut outs = vec![0f32; 64 * rows];
+    line("dense_matmul f16 T 64 (GMAC/s)", 64 * rows * cols, &mut |k| {
+        let out = MatMut::new(&mut outs, 64, rows);
+        k.dense_matmul(DenseRows::F16(&w), &xs, cols, out);
+    });
+}
