@@ -1,9 +1,10 @@
 //! Parquet files: one row a document, the text in one string column. Only that
 //! column is read, a batch of rows at a time.
 
+use std::cell::Cell;
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::sync::{Arc, Once};
 
 use parquet::basic::Type as Physical;
 use parquet::errors::ParquetError;
@@ -93,10 +94,27 @@ fn text_of(row: &Row) -> Result<String, String> {
     }
 }
 
+thread_local! {
+    /// Whether a panic on this thread is about to become an error.
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
 /// The reader of the parquet crate asserts what a well-formed file promises; a
-/// damaged one must end in an error all the same.
+/// damaged one must end in an error all the same, and without a backtrace.
 fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, ParquetError> {
-    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|panic| {
+    static QUIET: Once = Once::new();
+    QUIET.call_once(|| {
+        let usual = take_hook();
+        set_hook(Box::new(move |info| {
+            if !GUARDED.get() {
+                usual(info);
+            }
+        }));
+    });
+    GUARDED.set(true);
+    let done = catch_unwind(AssertUnwindSafe(read));
+    GUARDED.set(false);
+    done.unwrap_or_else(|panic| {
         let what = panic
             .downcast_ref::<String>()
             .map(String::as_str)
