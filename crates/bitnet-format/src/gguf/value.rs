@@ -321,7 +321,7 @@ impl<'a> From<Array<'a>> for Value<'a> {
     }
 }
 
-/// What [`super::Reader::get`] can turn a value into.
+/// What [`super::Directory::get`] can turn a value into.
 pub trait FromValue: Sized {
     /// The type as an error names it.
     const EXPECTED: &'static str;
