@@ -1,1 +1,22 @@
-//! Perplexity and measurements of packed ternary models.
+//! Scores and measures what is shipped: perplexity of a packed model on token
+//! shards or text, and its speed.
+//!
+//! The last stage of the path of data. What is scored goes through
+//! [`LanguageModel`], so that the arithmetic of windows and means is tested
+//! without a model; [`EngineModel`] is the packed model on the CPU.
+
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod bench;
+mod error;
+mod model;
+mod perplexity;
+mod source;
+mod windows;
+
+pub use error::EvalError;
+pub use model::{EngineModel, LanguageModel, log_prob};
+pub use perplexity::{Perplexity, PerplexityOptions, perplexity};
+pub use source::{TokenSource, open_shards, read_text, sha256_hex};
+pub use windows::{Mode, Window, Windows};

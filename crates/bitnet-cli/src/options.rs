@@ -1,0 +1,97 @@
+//! Options that `generate` and `chat` share.
+
+use std::path::Path;
+
+use bitnet_core::ExitError;
+use bitnet_engine::{
+    EngineError, KvType, LoadOptions, Model, Sampler, SamplerOptions, Session, SessionOptions,
+};
+use clap::{Args, ValueEnum};
+
+/// How tokens are chosen. The engine checks the values.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling")]
+pub(crate) struct SamplingArgs {
+    /// Divides the logits; 0 always takes the most probable token
+    #[arg(long, value_name = "T", default_value_t = 0.7)]
+    temperature: f32,
+    /// Keep the K most probable tokens; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Keep the fewest tokens whose probabilities reach this sum
+    #[arg(long, value_name = "P", default_value_t = 0.95)]
+    top_p: f32,
+    /// Keep tokens at least P times as probable as the most probable one
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+    /// Make recent tokens less probable; 1 is off
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repetition_penalty: f32,
+    /// How many recent tokens the penalty looks at
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    repetition_window: usize,
+    /// Seed of the random numbers: the same seed gives the same text
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+impl SamplingArgs {
+    /// A sampler whose random numbers begin with `seed`.
+    ///
+    /// # Errors
+    /// A value that cannot be used (exit code 2).
+    pub(crate) fn sampler(&self, seed: u64) -> Result<Sampler, ExitError> {
+        Ok(Sampler::new(SamplerOptions {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            repetition_window: self.repetition_window,
+            seed,
+        })?)
+    }
+}
+
+/// How the model runs.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Running")]
+pub(crate) struct RunArgs {
+    /// Precision of the key and value cache
+    #[arg(long, value_enum, default_value_t = KvArg::F32)]
+    kv: KvArg,
+    /// Threads [default: the physical cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Most tokens of prompt and answer together, at most the model's context
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum KvArg {
+    F32,
+    F16,
+}
+
+impl RunArgs {
+    /// # Errors
+    /// See [`Session::new`].
+    pub(crate) fn session(&self, model: &Model, context: usize) -> Result<Session, EngineError> {
+        let kv = match self.kv {
+            KvArg::F32 => KvType::F32,
+            KvArg::F16 => KvType::F16,
+        };
+        let threads = self.threads.map(usize::from);
+        let context = Some(context);
+        Session::new(model, &SessionOptions { kv, context, threads, ..SessionOptions::default() })
+    }
+}
+
+/// Opens a model for running.
+///
+/// # Errors
+/// See [`Model::open`]; exit code 3.
+pub(crate) fn open_model(path: &Path) -> Result<Model, ExitError> {
+    Ok(Model::open(path, &LoadOptions { prefetch: true, ..LoadOptions::default() })?)
+}

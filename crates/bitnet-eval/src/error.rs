@@ -1,0 +1,123 @@
+//! What can go wrong while scoring or measuring, and the exit code of each.
+
+use std::path::PathBuf;
+
+use bitnet_core::Exit;
+
+/// An error of this crate; its message names the option or file and the numbers.
+#[derive(Debug, thiserror::Error)]
+pub enum EvalError {
+    /// The model could not be opened or run.
+    #[error(transparent)]
+    Engine(#[from] bitnet_engine::EngineError),
+    /// The token shards could not be read.
+    #[error(transparent)]
+    Data(#[from] bitnet_data::DataError),
+    /// A file could not be read.
+    #[error("{path}: cannot be read")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// A file without content.
+    #[error("{path}: empty")]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A text file that is not UTF-8.
+    #[error("{path}: not UTF-8 text (byte {at})")]
+    NotText {
+        /// The file.
+        path: PathBuf,
+        /// The first byte that is wrong.
+        at: usize,
+    },
+    /// The shards were made with another tokenizer than the model's.
+    #[error(
+        "{data}: tokenised with another tokenizer (sha256 {found}) than the model's ({expected}); \
+         its token ids mean other text"
+    )]
+    Tokenizer {
+        /// The folder of shards.
+        data: PathBuf,
+        /// Hash of the model's tokenizer, in hex.
+        expected: String,
+        /// Hash recorded in the shards, in hex.
+        found: String,
+    },
+    /// A context longer than the model was made for.
+    #[error("context {context} is longer than the model's context of {limit} tokens")]
+    LongContext {
+        /// What was asked for.
+        context: usize,
+        /// What the model has.
+        limit: usize,
+    },
+    /// A context the mode cannot use.
+    #[error("context {context} is too short for mode {mode}: at least {smallest} tokens")]
+    Context {
+        /// What was asked for.
+        context: usize,
+        /// The mode.
+        mode: &'static str,
+        /// The shortest that works.
+        smallest: usize,
+    },
+    /// A stride the sliding window cannot use.
+    #[error("stride {stride} cannot be used with context {context}: 1 to context - 1")]
+    Stride {
+        /// What was asked for.
+        stride: usize,
+        /// The context.
+        context: usize,
+    },
+    /// Too little text for one window.
+    #[error(
+        "{tokens} tokens are too few: mode {mode} with context {context} needs at least {needed}"
+    )]
+    TooShort {
+        /// What there is.
+        tokens: u64,
+        /// What the mode needs.
+        needed: u64,
+        /// The mode.
+        mode: &'static str,
+        /// The context.
+        context: usize,
+    },
+    /// An option that makes no sense.
+    #[error("{0}")]
+    Usage(String),
+    /// A log-probability that is no number.
+    #[error("token {position} of the sequence has log-probability {value}: the model is broken")]
+    NotFinite {
+        /// Position in the sequence.
+        position: u64,
+        /// What came out.
+        value: f64,
+    },
+}
+
+impl EvalError {
+    /// The exit code this error stands for.
+    #[must_use]
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Engine(e) => e.exit(),
+            Self::Data(e) => e.exit(),
+            Self::Read { .. }
+            | Self::Empty { .. }
+            | Self::NotText { .. }
+            | Self::Tokenizer { .. }
+            | Self::TooShort { .. }
+            | Self::NotFinite { .. } => Exit::BadInput,
+            Self::LongContext { .. }
+            | Self::Context { .. }
+            | Self::Stride { .. }
+            | Self::Usage(_) => Exit::Usage,
+        }
+    }
+}

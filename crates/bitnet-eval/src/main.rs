@@ -1,0 +1,460 @@
+//! The `bitnet-eval` command: `perplexity` scores a packed model on token shards
+//! or a text, `bench` measures its speed.
+//!
+//! Exit codes: 0 done, 1 failed, 2 bad usage, 3 bad input file, 130 interrupted.
+
+#![forbid(unsafe_code)]
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use bitnet_core::exit::{self, Exit, ExitError};
+use bitnet_data::Split;
+use bitnet_engine::{KvType, LoadOptions, Model, Session, SessionOptions, Tokenizer};
+use bitnet_eval::bench::{BenchOptions, Row, bench};
+use bitnet_eval::{
+    EngineModel, EvalError, Mode, Perplexity, PerplexityOptions, TokenSource, open_shards,
+    perplexity, read_text,
+};
+use bitnet_format::json::write_json;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+
+/// Score and measure packed ternary language models.
+#[derive(Debug, Parser)]
+#[command(
+    name = "bitnet-eval",
+    version,
+    arg_required_else_help = true,
+    after_help = "\
+Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 bad input file, 130 interrupted.
+BITNET_ISA forces an instruction set (portable, avx2, avx512vnni, ...)."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Perplexity(PerplexityArgs),
+    Bench(BenchArgs),
+}
+
+/// How likely a text is under a model: perplexity, nats per token, bits per byte
+///
+/// On token shards the text is scored in the windows of training's evaluation, so
+/// that the loss can be compared with training's validation loss.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bitnet-eval perplexity model.gguf --data data/corpus
+  bitnet-eval perplexity model.gguf --data data/corpus --context 256 --windows 64
+  bitnet-eval perplexity model.gguf --text book.txt --mode llama-cpp --context 512
+  bitnet-eval perplexity model.gguf --text book.txt --mode sliding --stride 128 --json -
+
+Modes:
+  windows    non-overlapping windows, every prediction scored (training's evaluation);
+             a text is scored to its end, shards in whole windows
+  llama-cpp  chunks of --context tokens, the second half of each scored
+  sliding    windows --stride apart, each token scored once
+
+JSON keys: model, source, split, data_hash, mode, context, stride, kv, threads, isa,
+tokens, windows, nats, perplexity, bits_per_byte, bytes, tokens_per_second, seconds.")]
+struct PerplexityArgs {
+    /// The packed model
+    model: PathBuf,
+    /// Folder of token shards that bitnet-data wrote
+    #[arg(long, value_name = "DIR", required_unless_present = "text", conflicts_with = "text")]
+    data: Option<PathBuf>,
+    /// Which split of --data
+    #[arg(long, value_enum, default_value_t = SplitArg::Val, conflicts_with = "text")]
+    split: SplitArg,
+    /// A UTF-8 text file
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// How the text is cut to fit the context
+    #[arg(long, value_enum, default_value_t = ModeArg::Windows)]
+    mode: ModeArg,
+    /// Length of a window in tokens [default: the model's context; llama-cpp: at most 512]
+    #[arg(long, value_name = "N")]
+    context: Option<usize>,
+    /// Distance of sliding windows in tokens [default: half of the context]
+    #[arg(long, value_name = "N")]
+    stride: Option<usize>,
+    /// Stop after the window that reaches N scored tokens
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    max_tokens: Option<u64>,
+    /// Stop after N windows (training's eval.windows)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    windows: Option<u64>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// Tokens per second of prefill and decoding
+///
+/// Each test runs once to warm up, then --repeats times; the median counts.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bitnet-eval bench model.gguf
+  bitnet-eval bench model.gguf --prompt 256 --generate 64 --threads 1 --json bench.json
+
+JSON: `results`, a list of rows with model, layout, isa, threads, test (pp<N>, tg<N>),
+tokens_per_second (the median) with _min and _max, repeats, gb_per_second (weights read
+while decoding), peak_rss_bytes.")]
+struct BenchArgs {
+    /// The packed model
+    model: PathBuf,
+    /// Tokens of the prompt; 0 leaves the test out [default: 512, at most the context]
+    #[arg(long, value_name = "N")]
+    prompt: Option<usize>,
+    /// Tokens to decode; 0 leaves the test out [default: 128, at most the context]
+    #[arg(long, value_name = "N")]
+    generate: Option<usize>,
+    /// Measured runs of each test
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    repeats: usize,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// Precision of the key and value cache
+    #[arg(long, value_enum, default_value_t = KvArg::F32)]
+    kv: KvArg,
+    /// Threads [default: the physical cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Write the result as JSON to FILE, or to stdout with -
+    #[arg(long, value_name = "FILE|-")]
+    json: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum SplitArg {
+    Val,
+    Train,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ModeArg {
+    Windows,
+    LlamaCpp,
+    Sliding,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum KvArg {
+    F32,
+    F16,
+}
+
+impl RunArgs {
+    fn session(&self, context: Option<usize>) -> SessionOptions {
+        let kv = match self.kv {
+            KvArg::F32 => KvType::F32,
+            KvArg::F16 => KvType::F16,
+        };
+        let threads = self.threads.map(usize::from);
+        SessionOptions { kv, context, threads, ..SessionOptions::default() }
+    }
+
+    /// The table on stdout and JSON where it was asked for; JSON on stdout
+    /// replaces the table.
+    fn print(&self, table: &str, result: &impl Serialize) -> anyhow::Result<()> {
+        if self.json.as_deref() != Some("-") {
+            print!("{table}");
+        }
+        match &self.json {
+            Some(dest) => write_json(dest, result).context("cannot write the result"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let cli = Cli::parse();
+    // Nothing here is worth saving: leave at once, with the documented code.
+    if let Err(error) = ctrlc::set_handler(|| std::process::exit(Exit::Interrupted.code().into())) {
+        tracing::warn!("no Ctrl-C handler: {error}");
+    }
+    let result = match &cli.command {
+        Command::Perplexity(args) => run_perplexity(args),
+        Command::Bench(args) => run_bench(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", exit::chain(error.as_ref()));
+            ExitCode::from(exit::code_of(error.as_ref()).code())
+        }
+    }
+}
+
+/// The error with its exit code.
+fn coded(error: impl Into<EvalError>) -> ExitError {
+    let error = error.into();
+    ExitError::new(error.exit(), error)
+}
+
+/// What `perplexity` reports; the keys are stable.
+#[derive(Debug, Serialize)]
+struct PerplexityReport<'a> {
+    model: &'a Path,
+    source: &'a Path,
+    split: Option<&'static str>,
+    /// The corpus's hash in the shards' manifest, or the text file's sha256.
+    data_hash: String,
+    mode: Mode,
+    context: usize,
+    stride: Option<usize>,
+    kv: &'static str,
+    threads: usize,
+    isa: &'static str,
+    #[serde(flatten)]
+    result: Perplexity,
+}
+
+fn run_perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
+    let model = Model::open(&args.model, &LoadOptions::default()).map_err(coded)?;
+    let tokenizer = model.tokenizer().map_err(coded)?;
+    let limit = model.config().max_position_embeddings;
+    let mode = match args.mode {
+        ModeArg::Windows => Mode::Windows,
+        ModeArg::LlamaCpp => Mode::LlamaCpp,
+        ModeArg::Sliding => Mode::Sliding,
+    };
+    let default = if mode == Mode::LlamaCpp { limit.min(512) } else { limit };
+    let context = args.context.unwrap_or(default);
+    if context > limit {
+        return Err(coded(EvalError::LongContext { context, limit }).into());
+    }
+    if args.stride.is_some() && mode != Mode::Sliding {
+        let message = format!("--stride is for --mode sliding, not {}", mode.name());
+        return Err(coded(EvalError::Usage(message)).into());
+    }
+    let stride = args.stride.unwrap_or((context / 2).max(1));
+    let input = Input::open(args, &model, &tokenizer)?;
+    let session = Session::new(&model, &args.run.session(None)).map_err(coded)?;
+    let (threads, isa, kv) =
+        (session.workers().threads(), session.kernels().name(), session.kv().name());
+    let options = PerplexityOptions {
+        mode,
+        context,
+        stride,
+        max_tokens: args.max_tokens,
+        max_windows: args.windows,
+        bos: tokenizer.bos_id(),
+    };
+    let mut progress = Progress::new();
+    let result = perplexity(
+        &mut EngineModel::new(session),
+        &input.tokens,
+        &options,
+        &|token| text_bytes(&tokenizer, token),
+        &mut |done, total, nats| progress.show(done, total, nats),
+    )
+    .map_err(coded)?;
+    progress.finish();
+    let report = PerplexityReport {
+        model: &args.model,
+        source: input.path,
+        split: input.split,
+        data_hash: input.hash,
+        mode,
+        context,
+        stride: (mode == Mode::Sliding).then_some(stride),
+        kv,
+        threads,
+        isa,
+        result,
+    };
+    args.run.print(&report.table(), &report)
+}
+
+/// Bytes of text a token stands for: none for a special one.
+fn text_bytes(tokenizer: &Tokenizer, token: u32) -> usize {
+    if tokenizer.is_special(token) { 0 } else { tokenizer.token_bytes(token).len() }
+}
+
+/// What is scored.
+struct Input<'a> {
+    path: &'a Path,
+    split: Option<&'static str>,
+    hash: String,
+    tokens: TokenSource,
+}
+
+impl<'a> Input<'a> {
+    fn open(
+        args: &'a PerplexityArgs,
+        model: &Model,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self, ExitError> {
+        if let Some(path) = &args.text {
+            let (text, hash) = read_text(path).map_err(coded)?;
+            // A BOS in front, where there is one, lets the first token be scored.
+            let mut tokens: Vec<u32> = tokenizer.bos_id().into_iter().collect();
+            tokens.extend(tokenizer.encode(&text).map_err(coded)?);
+            let tokens = TokenSource::Tokens { tokens, text: true };
+            return Ok(Self { path, split: None, hash, tokens });
+        }
+        let Some(path) = &args.data else {
+            return Err(ExitError::usage("--data or --text is needed"));
+        };
+        let split = match args.split {
+            SplitArg::Val => Split::Validation,
+            SplitArg::Train => Split::Train,
+        };
+        let tokens = open_shards(path, split, model.tokenizer_json()).map_err(coded)?;
+        let hash = match &tokens {
+            TokenSource::Shards(shards) => shards.manifest().corpus_hash.clone(),
+            TokenSource::Tokens { .. } => String::new(),
+        };
+        Ok(Self { path, split: Some(split.name()), hash, tokens })
+    }
+}
+
+impl PerplexityReport<'_> {
+    fn table(&self) -> String {
+        let r = &self.result;
+        let split = self.split.map_or(String::new(), |s| format!(" ({s})"));
+        let bits = r.bits_per_byte.map_or("-".into(), |b| format!("{b:.4}"));
+        format!(
+            "model          {}\n\
+             text           {}{split}\n\
+             mode           {}, context {}, kv {}, {} threads, {}\n\
+             scored         {} tokens ({} bytes) in {} windows\n\
+             loss           {:.6} nats/token\n\
+             perplexity     {:.4}\n\
+             bits per byte  {bits}\n\
+             speed          {:.0} tokens/s ({:.2} s)\n",
+            self.model.display(),
+            self.source.display(),
+            self.mode.name(),
+            self.context,
+            self.kv,
+            self.threads,
+            self.isa,
+            r.tokens,
+            r.bytes,
+            r.windows,
+            r.nats,
+            r.perplexity,
+            r.tokens_per_second,
+            r.seconds,
+        )
+    }
+}
+
+/// A bar where stderr is a terminal, else a line every few seconds.
+struct Progress {
+    bar: Option<indicatif::ProgressBar>,
+    last: Instant,
+}
+
+impl Progress {
+    /// Between two lines.
+    const PAUSE: Duration = Duration::from_secs(5);
+
+    fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = "{bar:30} {pos}/{len} tokens, {per_sec}, {eta} left, {msg}";
+            let bar = indicatif::ProgressBar::new(0);
+            if let Ok(style) = indicatif::ProgressStyle::with_template(style) {
+                bar.set_style(style);
+            }
+            bar
+        });
+        Self { bar, last: Instant::now() }
+    }
+
+    fn show(&mut self, done: u64, total: u64, nats: f64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+            bar.set_message(format!("{nats:.4} nats"));
+        } else if self.last.elapsed() > Self::PAUSE {
+            self.last = Instant::now();
+            eprintln!("{done}/{total} tokens, {nats:.4} nats");
+        }
+    }
+
+    fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// What `bench` reports; the keys are stable.
+#[derive(Debug, Serialize)]
+struct BenchReport<'a> {
+    model: &'a Path,
+    file_bytes: u64,
+    /// Bytes of weights that a decoded token reads.
+    bytes_per_token: u64,
+    kv: &'static str,
+    results: Vec<Row>,
+}
+
+fn run_bench(args: &BenchArgs) -> anyhow::Result<()> {
+    let options = LoadOptions { prefetch: true, ..LoadOptions::default() };
+    let model = Model::open(&args.model, &options).map_err(coded)?;
+    let limit = model.config().max_position_embeddings;
+    let options = BenchOptions {
+        prompt: args.prompt.unwrap_or(limit.min(512)),
+        generate: args.generate.unwrap_or(limit.min(128)),
+        repeats: args.repeats,
+        session: args.run.session(None),
+    };
+    let results =
+        bench(&model, &options, &mut |test| eprintln!("measuring {test}")).map_err(coded)?;
+    let report = BenchReport {
+        model: &args.model,
+        file_bytes: model.bytes(),
+        bytes_per_token: model.bytes_per_token(),
+        kv: options.session.kv.name(),
+        results,
+    };
+    args.run.print(&report.table(), &report)
+}
+
+impl BenchReport<'_> {
+    fn table(&self) -> String {
+        let mut text = format!(
+            "{}: {} bytes, {} read per decoded token, kv {}\n",
+            self.model.display(),
+            self.file_bytes,
+            self.bytes_per_token,
+            self.kv
+        );
+        text += "test      tokens/s (slowest, fastest)        GB/s  layout  isa         threads\n";
+        for r in &self.results {
+            let gb = r.gb_per_second.map_or("-".into(), |g| format!("{g:.2}"));
+            text += &format!(
+                "{:8}  {:10.1} ({:.1}, {:.1}) {gb:>10}  {:6}  {:10}  {}\n",
+                r.test,
+                r.tokens_per_second,
+                r.tokens_per_second_min,
+                r.tokens_per_second_max,
+                r.layout,
+                r.isa,
+                r.threads,
+            );
+        }
+        if let Some(peak) = self.results.iter().filter_map(|r| r.peak_rss_bytes).max() {
+            text += &format!("peak memory {:.1} MiB\n", peak as f64 / f64::from(1 << 20));
+        }
+        text
+    }
+}

@@ -1,0 +1,322 @@
+//! Perplexity end to end: random models, real shards and the binary, compared
+//! with a forward pass that shares no code with the engine.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+// The engine's makers of small random models.
+#[path = "../../bitnet-engine/tests/common/mod.rs"]
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use bitnet_core::ModelConfig;
+use bitnet_data::{FileOptions, PrepareOptions, Source, Split, prepare};
+use bitnet_engine::{Session, SessionOptions};
+use bitnet_eval::{
+    EngineModel, LanguageModel, Mode, PerplexityOptions, TokenSource, log_prob, open_shards,
+    perplexity,
+};
+use common::{EOS, Random, RandomModel, reference, tokenizer_json, variants};
+
+/// A model, and shards made with its tokenizer.
+struct Setup {
+    dir: tempfile::TempDir,
+    model: PathBuf,
+    data: PathBuf,
+    random: RandomModel,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let random = RandomModel::new(&ModelConfig::tiny(), 1);
+        let dir = tempfile::tempdir().unwrap();
+        let model = random.file().write(&dir);
+        let data = shards(dir.path(), "data", &tokenizer_json());
+        Self { dir, model, data, random }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+/// Prepares forty short documents.
+fn shards(dir: &Path, name: &str, tokenizer: &str) -> PathBuf {
+    let text = dir.join(format!("{name}-text"));
+    fs::create_dir(&text).unwrap();
+    for i in 0..40 {
+        let line = format!("Document {i}: a naïve text of {} words.\n", i * i);
+        fs::write(text.join(format!("{i}.txt")), line.repeat(3)).unwrap();
+    }
+    let json = dir.join(format!("{name}-tokenizer.json"));
+    fs::write(&json, tokenizer).unwrap();
+    let source = Source::Files(FileOptions { paths: vec![text], ..FileOptions::default() });
+    let mut options = PrepareOptions::new(source, dir.join(name));
+    options.tokenizer = Some(json);
+    options.validation_share = 0.5;
+    prepare(&options, &mut ()).unwrap();
+    dir.join(name)
+}
+
+fn naive_nats(random: &RandomModel, windows: impl Iterator<Item = Vec<u32>>) -> f64 {
+    let (mut sum, mut count) = (0.0, 0);
+    for tokens in windows {
+        let logits = reference::logits(random, &tokens[..tokens.len() - 1]);
+        for (logits, &target) in logits.iter().zip(&tokens[1..]) {
+            sum -= log_prob(logits, target as usize);
+            count += 1;
+        }
+    }
+    sum / f64::from(count)
+}
+
+fn eval(args: &[&dyn AsRef<std::ffi::OsStr>]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet-eval"));
+    command.env_remove("BITNET_ISA").env_remove("RUST_LOG");
+    args.iter().for_each(|a| {
+        command.arg(a.as_ref());
+    });
+    command.output().unwrap()
+}
+
+fn json(output: &Output) -> serde_json::Value {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn scores_every_kind_of_model_as_the_formulas_do() {
+    for (name, config) in variants() {
+        let random = RandomModel::new(&config, 3);
+        let (model, _dir) = random.open();
+        let tokens = Random(5).tokens(40, &config);
+        let session = Session::new(&model, &SessionOptions::default()).unwrap();
+        let source = TokenSource::Tokens { tokens: tokens.clone(), text: true };
+        let options = PerplexityOptions {
+            mode: Mode::Windows,
+            context: 16,
+            stride: 8,
+            max_tokens: None,
+            max_windows: None,
+            bos: None,
+        };
+        let mut scorer = EngineModel::new(session);
+        let found = perplexity(&mut scorer, &source, &options, &|_| 1, &mut |_, _, _| {}).unwrap();
+        let windows = (0..39).step_by(16).map(|s| tokens[s..(s + 17).min(40)].to_vec());
+        let expected = naive_nats(&random, windows);
+        assert!((found.nats - expected).abs() < 1e-4, "{name}: {} and {expected}", found.nats);
+        assert_eq!(found.tokens, 39);
+    }
+}
+
+#[test]
+fn a_target_outside_the_vocabulary_is_an_error() {
+    let random = RandomModel::new(&ModelConfig::tiny(), 3);
+    let (model, _dir) = random.open();
+    let session = Session::new(&model, &SessionOptions::default()).unwrap();
+    let error = EngineModel::new(session).score(&[1, 2, 320], 1).unwrap_err();
+    assert_eq!(error.exit().code(), 3);
+    assert!(error.to_string().contains("token 320 at position 2"), "{error}");
+}
+
+#[test]
+fn the_windows_over_shards_are_those_of_training() {
+    let s = Setup::new();
+    let source = open_shards(&s.data, Split::Validation, &tokenizer_json()).unwrap();
+    let TokenSource::Shards(dataset) = &source else { panic!("shards expected") };
+    let mut windows = Vec::new();
+    let mut training = dataset.windows(24).unwrap();
+    while let Some(batch) = training.next_batch(3).unwrap() {
+        for (inputs, targets) in batch.inputs.chunks(24).zip(batch.targets.chunks(24)) {
+            windows.push([inputs, &targets[23..]].concat());
+        }
+    }
+    let output =
+        eval(&[&"perplexity", &s.model, &"--data", &s.data, &"--context", &"24", &"--json", &"-"]);
+    let result = json(&output);
+    assert_eq!(result["windows"], windows.len());
+    assert_eq!(result["tokens"], windows.len() * 24);
+    let expected = naive_nats(&s.random, windows.iter().cloned());
+    let nats = result["nats"].as_f64().unwrap();
+    assert!((nats - expected).abs() < 1e-4, "{nats} and {expected}");
+    // Bytes are tokens here, and end tokens are no text.
+    let scored = windows.iter().flat_map(|w| &w[1..]);
+    let bytes = scored.filter(|t| **t != EOS).count();
+    assert_eq!(result["bytes"], bytes);
+    let bits = nats * (windows.len() * 24) as f64 / std::f64::consts::LN_2 / bytes as f64;
+    assert!((result["bits_per_byte"].as_f64().unwrap() - bits).abs() < 1e-9);
+    // The first windows alone, and a loss that threads do not change.
+    let two = json(&eval(&[
+        &"perplexity",
+        &s.model,
+        &"--data",
+        &s.data,
+        &"--context",
+        &"24",
+        &"--windows",
+        &"2",
+        &"--threads",
+        &"3",
+        &"--json",
+        &"-",
+    ]));
+    let expected = naive_nats(&s.random, windows.into_iter().take(2));
+    assert!((two["nats"].as_f64().unwrap() - expected).abs() < 1e-4);
+    assert_eq!(
+        (&two["tokens"], &two["threads"], &two["kv"]),
+        (&48.into(), &3.into(), &"f32".into())
+    );
+    assert_eq!((&two["split"], &two["mode"]), (&"val".into(), &"windows".into()));
+}
+
+#[test]
+fn scores_a_text_in_every_mode_and_writes_the_json_file() {
+    let s = Setup::new();
+    let (text, out) = (s.path("t.txt"), s.path("out.json"));
+    fs::write(&text, "ünïcode und mehr. ".repeat(30)).unwrap();
+    let bytes = fs::metadata(&text).unwrap().len();
+    for (mode, context, scored) in [
+        ("windows", 64, bytes - 1),
+        ("sliding", 64, bytes - 1),
+        ("llama-cpp", 64, bytes / 64 * (64 - 32 - 1)),
+    ] {
+        let output = eval(&[
+            &"perplexity",
+            &s.model,
+            &"--text",
+            &text,
+            &"--mode",
+            &mode,
+            &"--context",
+            &context.to_string(),
+            &"--json",
+            &out,
+        ]);
+        let table = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(table.contains("bits per byte") && table.contains(mode), "{table}");
+        let result: serde_json::Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+        assert_eq!(result["tokens"], scored, "{mode}");
+        let nats = result["nats"].as_f64().unwrap();
+        let ppl = result["perplexity"].as_f64().unwrap();
+        assert!((ppl.ln() - nats).abs() < 1e-9 && nats > 0.0);
+        assert_eq!(result["data_hash"].as_str().unwrap().len(), 64);
+    }
+}
+
+#[test]
+fn bench_reports_every_key() {
+    let s = Setup::new();
+    let result = json(&eval(&[
+        &"bench",
+        &s.model,
+        &"--prompt",
+        &"32",
+        &"--generate",
+        &"8",
+        &"--repeats",
+        &"2",
+        &"--threads",
+        &"1",
+        &"--json",
+        &"-",
+    ]));
+    let rows = result["results"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for (row, test) in rows.iter().zip(["pp32", "tg8"]) {
+        assert_eq!(row["test"], test);
+        assert_eq!((&row["layout"], &row["threads"]), (&"p2".into(), &1.into()));
+        let speed = row["tokens_per_second"].as_f64().unwrap();
+        assert!(speed > 0.0 && row["tokens_per_second_min"].as_f64().unwrap() <= speed);
+        for key in ["model", "isa", "gb_per_second", "peak_rss_bytes"] {
+            assert!(row.get(key).is_some(), "{key}");
+        }
+    }
+    assert!(rows[0]["gb_per_second"].is_null() && rows[1]["gb_per_second"].as_f64() > Some(0.0));
+}
+
+#[test]
+fn bad_usage_and_bad_files_are_told_apart() {
+    let s = Setup::new();
+    let spaced = tokenizer_json().replace("\"version\"", " \"version\"");
+    let other = shards(s.dir.path(), "other", &spaced);
+    let (missing, foreign, cut) =
+        (s.path("missing.gguf"), s.path("foreign.gguf"), s.path("cut.gguf"));
+    fs::write(&foreign, "not a model").unwrap();
+    let whole = fs::read(&s.model).unwrap();
+    fs::write(&cut, &whole[..whole.len() - 100]).unwrap();
+    let (short, binary, empty) = (s.path("short.txt"), s.path("binary.txt"), s.path("empty.txt"));
+    fs::write(&short, "x").unwrap();
+    fs::write(&binary, b"ab\xff\xfe").unwrap();
+    fs::write(&empty, "").unwrap();
+    let (model, data) = (s.model.as_path(), s.data.as_path());
+    let text = s.path("text.txt");
+    fs::write(&text, "text ".repeat(100)).unwrap();
+    type Args<'a> = Vec<&'a dyn AsRef<std::ffi::OsStr>>;
+    let cases: Vec<(Args<'_>, i32, &str)> = vec![
+        (vec![&"perplexity", &missing, &"--data", &data], 3, "missing.gguf: cannot be read"),
+        (vec![&"perplexity", &foreign, &"--data", &data], 3, "foreign.gguf: not a GGUF file"),
+        (vec![&"perplexity", &cut, &"--data", &data], 3, "cut.gguf"),
+        (vec![&"perplexity", &model], 2, "--data"),
+        (vec![&"perplexity", &model, &"--data", &data, &"--text", &text], 2, "--text"),
+        (vec![&"perplexity", &model, &"--data", &missing], 3, "missing.gguf"),
+        (vec![&"perplexity", &model, &"--data", &other], 3, "another tokenizer"),
+        (
+            vec![&"perplexity", &model, &"--data", &data, &"--context", &"129"],
+            2,
+            "context 129 is longer than the model's context of 128",
+        ),
+        (vec![&"perplexity", &model, &"--data", &data, &"--context", &"0"], 2, "context 0"),
+        (vec![&"perplexity", &model, &"--data", &data, &"--stride", &"4"], 2, "--stride is for"),
+        (
+            vec![
+                &"perplexity",
+                &model,
+                &"--text",
+                &text,
+                &"--mode",
+                &"sliding",
+                &"--stride",
+                &"128",
+            ],
+            2,
+            "stride 128",
+        ),
+        (vec![&"perplexity", &model, &"--data", &data, &"--mode", &"median"], 2, "median"),
+        (vec![&"perplexity", &model, &"--data", &data, &"--kv", &"f8"], 2, "f8"),
+        (vec![&"perplexity", &model, &"--data", &data, &"--threads", &"0"], 2, "threads"),
+        (vec![&"perplexity", &model, &"--data", &data, &"--frobnicate"], 2, "--frobnicate"),
+        (vec![&"perplexity", &model, &"--text", &short], 3, "1 tokens are too few"),
+        (
+            vec![&"perplexity", &model, &"--text", &short, &"--mode", &"llama-cpp"],
+            3,
+            "at least 256",
+        ),
+        (vec![&"perplexity", &model, &"--text", &binary], 3, "not UTF-8 text (byte 2)"),
+        (vec![&"perplexity", &model, &"--text", &empty], 3, "empty.txt: empty"),
+        (vec![&"perplexity", &model, &"--text", &missing], 3, "missing.gguf: cannot be read"),
+        (vec![&"bench", &missing], 3, "missing.gguf"),
+        (vec![&"bench", &model, &"--prompt", &"129"], 2, "--prompt 129 is longer"),
+        (vec![&"bench", &model, &"--prompt", &"0", &"--generate", &"0"], 2, "nothing to measure"),
+        (vec![&"frobnicate"], 2, "frobnicate"),
+    ];
+    for (args, code, words) in cases {
+        let output = eval(&args);
+        let message = String::from_utf8_lossy(&output.stderr);
+        let shown: Vec<_> = args.iter().map(|a| a.as_ref()).collect();
+        assert_eq!(output.status.code(), Some(code), "{shown:?}: {message}");
+        assert!(message.contains(words), "`{words}` is not in: {message}");
+        assert!(!message.contains("panicked"), "{message}");
+    }
+}
+
+#[test]
+fn help_shows_examples() {
+    for command in ["perplexity", "bench"] {
+        let output = eval(&[&command, &"--help"]);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(text.contains("Examples:") && text.contains("JSON"), "{text}");
+    }
+}
