@@ -1,0 +1,335 @@
+//! Checkpoints: Hugging Face model folders that a run can be gone on from.
+//!
+//! `<run>/checkpoints/<step>/` holds `model.safetensors` (f32), `config.json`,
+//! `tokenizer.json`, `optimizer.safetensors`, `state.json` and `golden.json`. A
+//! folder gets its name when all of it is on the disk, so that a kill at any
+//! moment, or a full disk, leaves the checkpoints before it as they are.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::{fs, process};
+
+use bitnet_core::ModelConfig;
+use bitnet_data::{BatchState, Tokenizer};
+use bitnet_format::atomic::AtomicDir;
+use bitnet_format::hf::{self, SpecialTokens, TensorFile, TensorFileWriter};
+use serde::{Deserialize, Serialize};
+
+use crate::TrainError;
+use crate::error::with_path;
+use crate::model::Transformer;
+use crate::optim::AdamW;
+
+/// The version of `state.json` that this program writes and reads.
+const VERSION: u32 = 1;
+
+const MODEL: &str = "model.safetensors";
+const CONFIG: &str = "config.json";
+const TOKENIZER: &str = "tokenizer.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const STATE: &str = "state.json";
+const GOLDEN: &str = "golden.json";
+const FILES: [&str; 6] = [MODEL, CONFIG, TOKENIZER, OPTIMIZER, STATE, GOLDEN];
+
+/// `state.json`: where the run stands beside its tensors. There is no generator
+/// among it: every random number is a function of a seed in the config and of
+/// the step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Version of this file.
+    pub version: u32,
+    /// Complete steps.
+    pub step: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Seconds of training so far.
+    pub seconds: f64,
+    /// Where the stream of batches stands.
+    pub batches: BatchState,
+    /// The step of the last evaluation.
+    pub evaluated_at: Option<u64>,
+    /// Its result, in nats per token.
+    pub val_loss: Option<f64>,
+    /// The step of the last samples.
+    pub sampled_at: Option<u64>,
+    /// Hash of the corpus.
+    pub corpus_hash: String,
+    /// SHA-256 of `tokenizer.json`.
+    pub tokenizer_sha256: String,
+}
+
+impl State {
+    /// The state of a run that has not begun.
+    #[must_use]
+    pub fn new(batches: BatchState, corpus_hash: String, tokenizer_sha256: String) -> Self {
+        Self {
+            version: VERSION,
+            step: 0,
+            tokens: 0,
+            seconds: 0.0,
+            batches,
+            evaluated_at: None,
+            val_loss: None,
+            sampled_at: None,
+            corpus_hash,
+            tokenizer_sha256,
+        }
+    }
+}
+
+/// `golden.json`: a prompt and the logits at its last position, so that export
+/// can prove that the engine computes what training did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Golden {
+    /// The prompt.
+    pub tokens: Vec<u32>,
+    /// One logit for each token of the vocabulary.
+    pub logits: Vec<f32>,
+}
+
+/// Everything that goes into a checkpoint.
+#[derive(Debug)]
+pub struct Snapshot<'s> {
+    /// Where the run stands.
+    pub state: &'s State,
+    /// The model's configuration.
+    pub config: &'s ModelConfig,
+    /// The model.
+    pub model: &'s Transformer,
+    /// The optimizer.
+    pub optimizer: &'s AdamW,
+    /// The tokenizer.
+    pub tokenizer: &'s Tokenizer,
+    /// The golden logits.
+    pub golden: &'s Golden,
+}
+
+/// Writes a checkpoint and removes all but the newest `keep`.
+///
+/// # Errors
+/// I/O errors with the path; the checkpoints before it stay.
+pub fn save(run_dir: &Path, keep: usize, snapshot: &Snapshot<'_>) -> Result<PathBuf, TrainError> {
+    let path = folder(run_dir).join(format!("{:08}", snapshot.state.step));
+    let dir = AtomicDir::create(&path)?;
+    write_files(dir.path(), snapshot)?;
+    dir.commit()?;
+    let mut old = list(run_dir)?;
+    old.truncate(old.len().saturating_sub(keep));
+    for (_, path) in old {
+        remove(&path)?;
+    }
+    Ok(path)
+}
+
+fn write_files(dir: &Path, s: &Snapshot<'_>) -> Result<(), TrainError> {
+    let tensors = s.model.named_tensors();
+    let refs = tensors.iter().map(|t| (t.name.clone(), t.shape.clone(), &t.data[..]));
+    hf::save(dir.join(MODEL), &[], refs)?;
+    drop(tensors);
+    let special = SpecialTokens { bos: s.tokenizer.bos_id(), eos: s.tokenizer.eos_id() };
+    write_json(&dir.join(CONFIG), &hf::to_json(s.config, special))?;
+    let path = dir.join(TOKENIZER);
+    fs::write(&path, s.tokenizer.to_json()).map_err(with_path(&path))?;
+    let shapes = s.optimizer.state_shapes();
+    let mut out = TensorFileWriter::create(dir.join(OPTIMIZER), &[], shapes)?;
+    for (name, values) in s.optimizer.state() {
+        out.write(&name, &values)?;
+    }
+    out.commit()?;
+    write_json(&dir.join(GOLDEN), s.golden)?;
+    write_json(&dir.join(STATE), s.state)
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(io::Error::from)?;
+    text.push(b'\n');
+    let write = || fs::File::create(path)?.write_all(&text);
+    Ok(write().map_err(with_path(path))?)
+}
+
+fn folder(run_dir: &Path) -> PathBuf {
+    run_dir.join("checkpoints")
+}
+
+/// The complete checkpoints of a run, oldest first. Folders that were being
+/// written or removed when a process was killed are not among them.
+///
+/// # Errors
+/// I/O errors with the path.
+pub fn list(run_dir: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
+    let folder = folder(run_dir);
+    let entries = match fs::read_dir(&folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(with_path(&folder))?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(with_path(&folder))?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("");
+        let digits = name.len() >= 8 && name.bytes().all(|b| b.is_ascii_digit());
+        let Some(step) = name.parse().ok().filter(|_| digits) else { continue };
+        if FILES.iter().all(|f| path.join(f).is_file()) {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Removes what a killed process left half written or half removed.
+///
+/// # Errors
+/// I/O errors with the path.
+pub fn sweep(run_dir: &Path) -> io::Result<()> {
+    let folder = folder(run_dir);
+    let Ok(entries) = fs::read_dir(&folder) else { return Ok(()) };
+    for entry in entries {
+        let path = entry.map_err(with_path(&folder))?.path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("");
+        if name.starts_with('.') && (name.contains(".tmp-") || name.contains(".old-")) {
+            fs::remove_dir_all(&path).map_err(with_path(&path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a checkpoint; a kill meanwhile leaves no half of it under its name.
+fn remove(path: &Path) -> io::Result<()> {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("checkpoint");
+    let gone = path.with_file_name(format!(".{name}.old-{}", process::id()));
+    fs::rename(path, &gone).map_err(with_path(path))?;
+    fs::remove_dir_all(&gone).map_err(with_path(&gone))
+}
+
+/// Reads `state.json`.
+///
+/// # Errors
+/// A file that is not there, no state, or of another version.
+pub fn load_state(checkpoint: &Path) -> Result<State, TrainError> {
+    let path = checkpoint.join(STATE);
+    let bad = |what: String| TrainError::checkpoint(&path, what);
+    let text = fs::read_to_string(&path).map_err(|e| bad(e.to_string()))?;
+    let state: State = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+    if state.version != VERSION {
+        return Err(bad(format!("version {}, this program reads {VERSION}", state.version)));
+    }
+    Ok(state)
+}
+
+/// Reads the tensors of a checkpoint into a model and its optimizer.
+///
+/// # Errors
+/// A model of another configuration, tensors that are missing or of another
+/// shape, files that are cut off.
+pub fn load(
+    checkpoint: &Path,
+    config: &ModelConfig,
+    model: Transformer,
+    optimizer: &mut AdamW,
+) -> Result<Transformer, TrainError> {
+    let files = hf::Checkpoint::open(checkpoint)?;
+    if files.config() != config {
+        let path = checkpoint.join(CONFIG);
+        return Err(TrainError::checkpoint(&path, difference(files.config(), config)));
+    }
+    let step = load_state(checkpoint)?.step;
+    let model = model.load_tensors(&mut |name, _| files.read(name))?;
+    let file = TensorFile::open(checkpoint.join(OPTIMIZER))?;
+    optimizer.load(step, |name, length| {
+        let values = file.read(name)?;
+        if values.len() == length {
+            return Ok(values);
+        }
+        let what = format!("tensor {name}: expected [{length}], found [{}]", values.len());
+        Err(TrainError::checkpoint(file.path(), what))
+    })?;
+    Ok(model)
+}
+
+/// The first key in which two models differ.
+fn difference(found: &ModelConfig, expected: &ModelConfig) -> String {
+    let object = |c: &ModelConfig| match serde_json::to_value(c) {
+        Ok(serde_json::Value::Object(map)) => map,
+        _ => serde_json::Map::new(),
+    };
+    let (found, expected) = (object(found), object(expected));
+    let key = expected.keys().chain(found.keys()).find(|&k| expected.get(k) != found.get(k));
+    let show = |v: Option<&serde_json::Value>| v.map_or("(absent)".into(), ToString::to_string);
+    match key {
+        Some(k) => format!(
+            "the checkpoint was trained with model.{k} = {}, the config says {}",
+            show(found.get(k)),
+            show(expected.get(k))
+        ),
+        None => "the checkpoint was trained with another model".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fake(run: &Path, name: &str, files: &[&str]) {
+        let dir = folder(run).join(name);
+        fs::create_dir_all(&dir).unwrap();
+        for file in files {
+            fs::write(dir.join(file), "x").unwrap();
+        }
+    }
+
+    #[test]
+    fn only_complete_checkpoints_count() {
+        let run = tempfile::tempdir().unwrap();
+        let run = run.path();
+        assert!(list(run).unwrap().is_empty());
+        fake(run, "00000020", &FILES);
+        fake(run, "00000003", &FILES);
+        fake(run, "123456789", &FILES);
+        fake(run, "00000030", &FILES[..5]);
+        fake(run, ".00000040.tmp-1", &FILES);
+        fake(run, ".00000001.old-1", &FILES[..2]);
+        fake(run, "40", &FILES);
+        fake(run, "notes", &FILES);
+        let steps = || list(run).unwrap().into_iter().map(|(s, _)| s).collect::<Vec<_>>();
+        assert_eq!(steps(), [3, 20, 123_456_789]);
+        sweep(run).unwrap();
+        assert_eq!(steps(), [3, 20, 123_456_789]);
+        assert!(!folder(run).join(".00000040.tmp-1").exists());
+        assert!(!folder(run).join(".00000001.old-1").exists());
+        assert!(folder(run).join("notes").exists());
+        remove(&folder(run).join("00000003")).unwrap();
+        assert_eq!(steps(), [20, 123_456_789]);
+    }
+
+    #[test]
+    fn a_state_says_what_is_wrong_with_it() {
+        let run = tempfile::tempdir().unwrap();
+        let path = run.path().join(STATE);
+        let batches = BatchState { epoch: 1, position: 2, seed: 3, windows: 4 };
+        let state = State::new(batches, "a".into(), "b".into());
+        write_json(&path, &state).unwrap();
+        assert_eq!(load_state(run.path()).unwrap(), state);
+        let good = fs::read_to_string(&path).unwrap();
+        for (text, message) in [
+            (good.replace("\"version\": 1", "\"version\": 2"), "version 2, this program reads 1"),
+            (good.replace("step", "stop"), "unknown field `stop`"),
+            (good[..40].to_owned(), "EOF while parsing"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = load_state(run.path()).unwrap_err();
+            assert_eq!(error.exit(), bitnet_core::Exit::BadInput);
+            assert!(error.to_string().contains(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_difference_names_the_key() {
+        let tiny = ModelConfig::tiny();
+        let other = ModelConfig { num_hidden_layers: 3, ..tiny.clone() };
+        assert_eq!(
+            difference(&tiny, &other),
+            "the checkpoint was trained with model.num_hidden_layers = 2, the config says 3"
+        );
+    }
+}

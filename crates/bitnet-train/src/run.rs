@@ -1,0 +1,523 @@
+//! A training run, from the config to the last checkpoint.
+//!
+//! The loop is [`run`]: evaluate → sample → save → step → log, for each step.
+//! What one of these does is a method of [`Trainer`].
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use bitnet_data::{BatchStream, Dataset, Split, Tokenizer};
+use bitnet_format::atomic::write_atomic;
+use burn::module::Module;
+use burn::tensor::Device;
+use serde::Serialize;
+
+use crate::checkpoint::{self, Snapshot, State};
+use crate::config::TrainConfig;
+use crate::device::DeviceChoice;
+use crate::error::with_path;
+use crate::metrics::{self, EvalMetric, Log, Metric, Sample, TrainMetric};
+use crate::model::Transformer;
+use crate::optim::{AdamW, GradientSum};
+use crate::progress::{Progress, duration};
+use crate::{TrainError, config_file, evaluate, memory, plot};
+
+/// Steps over which a run's final training loss is averaged.
+const LAST_STEPS: usize = 100;
+
+/// What to run, and how.
+#[derive(Debug, Clone)]
+pub struct RunOptions {
+    /// The run's configuration.
+    pub config: TrainConfig,
+    /// Where it runs.
+    pub device: DeviceChoice,
+    /// Go on from the newest checkpoint in the run folder, if there is one.
+    pub resume: bool,
+    /// Stop after this step of the schedule, as if interrupted there.
+    pub until: Option<u64>,
+}
+
+/// A request to stop at the next good moment; clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Asks the run to save a checkpoint and return. Whether it was asked before.
+    #[must_use]
+    pub fn request(&self) -> bool {
+        self.0.swap(true, Ordering::SeqCst)
+    }
+
+    /// Whether it was asked.
+    #[must_use]
+    pub fn requested(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+/// What a run came to; the keys of `--json`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    /// Validation loss at the last evaluation, nats per token.
+    pub val_loss: Option<f64>,
+    /// Mean training loss of the last 100 steps, nats per token.
+    pub train_loss: Option<f64>,
+    /// Training tokens per second of the steps alone.
+    pub tokens_per_second: Option<f64>,
+    /// Complete steps.
+    pub steps: u64,
+    /// Tokens seen.
+    pub tokens: u64,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// The run folder.
+    pub run_dir: PathBuf,
+    /// The newest checkpoint.
+    pub checkpoint: Option<PathBuf>,
+    /// Seconds of training, interruptions left out.
+    pub seconds: f64,
+    /// The most memory used at any time; none where the system does not say.
+    pub peak_rss_bytes: Option<u64>,
+    /// What `--device` said.
+    pub device: String,
+}
+
+/// Trains. Everything the run leaves is in its folder: the resolved config, the
+/// metrics, samples, plots and checkpoints.
+///
+/// # Errors
+/// See [`TrainError`]; [`TrainError::Interrupted`] when `stop` was requested, with
+/// a checkpoint saved.
+pub fn run(options: &RunOptions, stop: &Stop) -> Result<Summary, TrainError> {
+    let (mut trainer, mut model) = Trainer::open(options)?;
+    let config = options.config.clone();
+    while trainer.state.step < trainer.end {
+        if trainer.due(config.eval.every, trainer.state.evaluated_at) {
+            trainer.evaluate(&model)?;
+        }
+        if trainer.due(config.sample.every, trainer.state.sampled_at) {
+            trainer.sample(&model)?;
+        }
+        if trainer.due(config.checkpoint.every, trainer.saved_at) {
+            trainer.save(&model)?;
+        }
+        let metric;
+        (model, metric) = trainer.step(model, stop)?;
+        match metric {
+            Some(metric) => trainer.log(metric)?,
+            None => return Err(trainer.interrupted(&model)?),
+        }
+    }
+    trainer.finish(&model)
+}
+
+/// A run between two steps, all but the model, which a step consumes.
+struct Trainer {
+    config: TrainConfig,
+    choice: DeviceChoice,
+    device: Device,
+    optimizer: AdamW,
+    stream: BatchStream,
+    validation: Dataset,
+    tokenizer: Tokenizer,
+    state: State,
+    saved_at: Option<u64>,
+    checkpoint: Option<PathBuf>,
+    end: u64,
+    /// Seconds of the run before this process, and when this process began.
+    clock: (f64, Instant),
+    metrics: Log,
+    samples: Log,
+    progress: Progress,
+    /// Held as long as the run folder is in use.
+    _lock: File,
+}
+
+impl Trainer {
+    /// Checks everything, then makes or resumes the run.
+    fn open(options: &RunOptions) -> Result<(Self, Transformer), TrainError> {
+        let config = options.config.clone();
+        config.validate()?;
+        let train = Dataset::open(&config.data.dir, Split::Train)?;
+        let validation = Dataset::open(&config.data.dir, Split::Validation)?;
+        let tokenizer = train.tokenizer()?;
+        check_data(&config, &train, &validation, &tokenizer)?;
+        let device = options.device.open()?.autodiff();
+        let run_dir = &config.run_dir;
+        let _lock = lock(run_dir)?;
+        let found = find_checkpoint(run_dir, options.resume)?;
+        let text = config_file::to_toml(&config)?;
+        let saved_config = fs::read_to_string(run_dir.join("config.toml")).ok();
+        write_atomic(run_dir.join("config.toml"), |w| {
+            std::io::Write::write_all(w, text.as_bytes())
+        })?;
+        let corpus = train.manifest().corpus_hash.clone();
+        let mut stream = BatchStream::new(train, config.batch.sequence, config.data.seed)?;
+        let mut model = Transformer::new(&config.model, config.seed, &device);
+        let host = options.device.is_host();
+        let mut optimizer = AdamW::new(&config.optimizer, &model, &device, host);
+        let mut state = State::new(stream.state(), corpus, tokenizer.hash_hex());
+        if let Some(path) = &found {
+            let saved = checkpoint::load_state(path)?;
+            check_resumed(path, &saved, &state, &config)?;
+            model = checkpoint::load(path, &config.model, model, &mut optimizer)?;
+            stream = resume_stream(&stream, &config, &saved, path)?;
+            state = saved;
+        }
+        let steps = config.schedule.steps;
+        let end = options.until.map_or(steps, |until| until.min(steps));
+        let trainer = Self {
+            metrics: Log::open(&run_dir.join("metrics.jsonl"), state.step)?,
+            samples: Log::open(&run_dir.join("samples.jsonl"), state.step)?,
+            progress: Progress::new(end, state.step),
+            saved_at: found.as_ref().map(|_| state.step),
+            checkpoint: found,
+            clock: (state.seconds, Instant::now()),
+            choice: options.device,
+            device,
+            optimizer,
+            stream,
+            validation,
+            tokenizer,
+            state,
+            end,
+            config,
+            _lock,
+        };
+        trainer.introduce();
+        // What is continued with other values is no longer bit for bit one run.
+        if let (Some(saved), Some(_)) = (saved_config, &trainer.checkpoint) {
+            for change in config_file::changes(&saved, &trainer.config) {
+                trainer.progress.line(&format!("changed since the run began: {change}"));
+            }
+        }
+        Ok((trainer, model))
+    }
+
+    fn introduce(&self) {
+        let c = &self.config;
+        let from = match &self.checkpoint {
+            Some(path) => format!(", going on from {}", path.display()),
+            None => String::new(),
+        };
+        self.progress.line(&format!(
+            "{}: {:.2}M parameters, steps {}..{} of {} tokens on {}{from}",
+            c.name,
+            c.model.parameter_count().total() as f64 / 1e6,
+            self.state.step,
+            self.end,
+            c.batch.tokens,
+            self.choice,
+        ));
+    }
+
+    /// Whether something that happens every `every` steps, and happened last at
+    /// step `last`, is to happen now.
+    fn due(&self, every: u64, last: Option<u64>) -> bool {
+        let step = self.state.step;
+        every > 0 && step > 0 && step.is_multiple_of(every) && last != Some(step)
+    }
+
+    fn evaluate(&mut self, model: &Transformer) -> Result<(), TrainError> {
+        let (b, windows) = (&self.config.batch, self.config.eval.windows);
+        let (val_loss, tokens) = evaluate::validation_loss(
+            &model.valid(),
+            &self.validation,
+            b.sequence,
+            windows,
+            b.micro_batch,
+            &self.device.clone().without_autodiff(),
+        )?;
+        if !val_loss.is_finite() {
+            return Err(self.non_finite("the validation loss", val_loss));
+        }
+        let step = self.state.step;
+        let seconds = self.seconds();
+        self.metrics.write(&Metric::Eval(EvalMetric { step, val_loss, tokens, seconds }))?;
+        self.state.evaluated_at = Some(step);
+        self.state.val_loss = Some(val_loss);
+        self.progress.line(&format!("step {step}: validation loss {val_loss:.4} nats per token"));
+        Ok(())
+    }
+
+    fn sample(&mut self, model: &Transformer) -> Result<(), TrainError> {
+        let (step, context) = (self.state.step, self.config.model.max_position_embeddings);
+        let (model, device) = (model.valid(), self.device.clone().without_autodiff());
+        let config = self.config.sample.clone();
+        for (index, prompt) in config.prompts.iter().enumerate() {
+            // A seed of its own for each step and prompt; the generator mixes it.
+            let seed = self.config.seed ^ (step << 16) ^ index as u64;
+            let tokenizer = &self.tokenizer;
+            let text =
+                evaluate::sample(&model, tokenizer, &config, prompt, context, seed, &device)?;
+            self.progress.line(&format!("step {step}: {prompt:?} → {text:?}"));
+            self.samples.write(&Sample { step, prompt: prompt.clone(), text })?;
+        }
+        self.state.sampled_at = Some(step);
+        Ok(())
+    }
+
+    fn save(&mut self, model: &Transformer) -> Result<(), TrainError> {
+        self.state.seconds = self.seconds();
+        self.state.batches = self.stream.state();
+        let plain = self.device.clone().without_autodiff();
+        let context = self.config.model.max_position_embeddings;
+        let golden = evaluate::golden(&model.valid(), &self.validation, context, &plain)?;
+        let snapshot = Snapshot {
+            state: &self.state,
+            config: &self.config.model,
+            model,
+            optimizer: &self.optimizer,
+            tokenizer: &self.tokenizer,
+            golden: &golden,
+        };
+        let path = checkpoint::save(&self.config.run_dir, self.config.checkpoint.keep, &snapshot)?;
+        self.saved_at = Some(self.state.step);
+        self.checkpoint = Some(path);
+        self.plot()
+    }
+
+    /// One step: the gradients of the micro-steps, their norm, the update. Without
+    /// a metric where `stop` was requested: then nothing has changed.
+    fn step(
+        &mut self,
+        model: Transformer,
+        stop: &Stop,
+    ) -> Result<(Transformer, Option<TrainMetric>), TrainError> {
+        let started = Instant::now();
+        let before = self.stream.clone();
+        let micro_steps = self.config.batch.micro_steps();
+        let mut sum = GradientSum::default();
+        let mut loss = 0.0;
+        for _ in 0..micro_steps {
+            if stop.requested() {
+                self.stream = before;
+                return Ok((model, None));
+            }
+            let batch = self.stream.next_batch(self.config.batch.micro_batch)?;
+            let (inputs, targets) = evaluate::tensors(&batch, &self.device);
+            let mean = model.loss(inputs, targets);
+            let value = f64::from(mean.clone().into_scalar::<f32>());
+            if !value.is_finite() {
+                return Err(self.non_finite("the loss", value));
+            }
+            loss += value / micro_steps as f64;
+            sum.add(&model, mean.backward());
+        }
+        let norm = sum.norm(self.choice.is_host());
+        if !norm.is_finite() {
+            return Err(self.non_finite("the gradient's norm", norm));
+        }
+        let rates = self.config.schedule.rates(self.state.step);
+        let model = self.optimizer.step(model, sum, norm, micro_steps, rates);
+        let tokens = self.config.batch.tokens as u64;
+        self.state.step += 1;
+        self.state.tokens += tokens;
+        let metric = TrainMetric {
+            step: self.state.step,
+            loss,
+            lr: rates.lr,
+            grad_norm: norm / micro_steps as f64,
+            tokens: self.state.tokens,
+            tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64().max(1e-9),
+            seconds: self.seconds(),
+        };
+        Ok((model, Some(metric)))
+    }
+
+    fn log(&mut self, metric: TrainMetric) -> Result<(), TrainError> {
+        self.progress.step(&metric);
+        Ok(self.metrics.write(&Metric::Train(metric))?)
+    }
+
+    fn interrupted(&mut self, model: &Transformer) -> Result<TrainError, TrainError> {
+        let step = self.state.step;
+        if self.saved_at != Some(step) {
+            self.save(model)?;
+        }
+        self.progress.finish();
+        Ok(TrainError::Interrupted {
+            step,
+            checkpoint: self.checkpoint.clone().unwrap_or_default(),
+            run_dir: self.config.run_dir.clone(),
+        })
+    }
+
+    /// At the schedule's end the last evaluation, samples and checkpoint; before
+    /// it (`--until`) a checkpoint alone, so that the run goes on as if it had
+    /// never stopped.
+    fn finish(&mut self, model: &Transformer) -> Result<Summary, TrainError> {
+        let step = self.state.step;
+        if step == self.config.schedule.steps {
+            if self.state.evaluated_at != Some(step) {
+                self.evaluate(model)?;
+            }
+            if self.state.sampled_at != Some(step) {
+                self.sample(model)?;
+            }
+        }
+        if self.saved_at == Some(step) {
+            self.plot()?;
+        } else {
+            self.save(model)?;
+        }
+        self.progress.finish();
+        self.summary()
+    }
+
+    fn plot(&self) -> Result<(), TrainError> {
+        let metrics = metrics::read(&self.config.run_dir.join("metrics.jsonl"))?;
+        plot::draw(&self.config.run_dir, &self.config.name, &metrics)
+    }
+
+    fn summary(&self) -> Result<Summary, TrainError> {
+        let metrics = metrics::read(&self.config.run_dir.join("metrics.jsonl"))?;
+        let steps = metrics.iter().filter_map(|m| match m {
+            Metric::Train(m) => Some(m),
+            Metric::Eval(_) => None,
+        });
+        let steps: Vec<&TrainMetric> = steps.collect();
+        let last = &steps[steps.len().saturating_sub(LAST_STEPS)..];
+        let mean = |sum: f64, n: usize| (n > 0).then(|| sum / n as f64);
+        let times = steps.iter().map(|m| 1.0 / m.tokens_per_second).sum();
+        Ok(Summary {
+            val_loss: self.state.val_loss,
+            train_loss: mean(last.iter().map(|m| m.loss).sum(), last.len()),
+            // Every step has the same number of tokens: the harmonic mean.
+            tokens_per_second: mean(times, steps.len()).map(|t: f64| 1.0 / t),
+            steps: self.state.step,
+            tokens: self.state.tokens,
+            parameters: self.config.model.parameter_count().total(),
+            run_dir: self.config.run_dir.clone(),
+            checkpoint: self.checkpoint.clone(),
+            seconds: self.seconds(),
+            peak_rss_bytes: memory::peak_rss_bytes(),
+            device: self.choice.to_string(),
+        })
+    }
+
+    fn seconds(&self) -> f64 {
+        self.clock.0 + self.clock.1.elapsed().as_secs_f64()
+    }
+
+    fn non_finite(&self, what: &'static str, value: f64) -> TrainError {
+        self.progress.finish();
+        let step = self.state.step + 1;
+        TrainError::NonFinite { what, value, step, checkpoint: self.checkpoint.clone() }
+    }
+}
+
+impl std::fmt::Display for Summary {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let loss = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.4} nats per token"));
+        writeln!(f, "steps            {} ({} tokens)", self.steps, self.tokens)?;
+        writeln!(f, "parameters       {}", self.parameters)?;
+        writeln!(f, "training loss    {}", loss(self.train_loss))?;
+        writeln!(f, "validation loss  {}", loss(self.val_loss))?;
+        if let Some(rate) = self.tokens_per_second {
+            writeln!(f, "speed            {rate:.0} tokens/s on {}", self.device)?;
+        }
+        writeln!(f, "time             {}", duration(self.seconds))?;
+        if let Some(bytes) = self.peak_rss_bytes {
+            writeln!(f, "peak memory      {:.2} GiB", bytes as f64 / f64::from(1 << 30))?;
+        }
+        writeln!(f, "run              {}", self.run_dir.display())?;
+        let checkpoint = self.checkpoint.as_deref().unwrap_or(Path::new("-"));
+        write!(f, "checkpoint       {}", checkpoint.display())
+    }
+}
+
+/// What can only be checked against the data.
+fn check_data(
+    config: &TrainConfig,
+    train: &Dataset,
+    validation: &Dataset,
+    tokenizer: &Tokenizer,
+) -> Result<(), TrainError> {
+    let vocab = config.model.vocab_size;
+    for (what, needed) in [("shards", train.vocab_size()), ("tokenizer", tokenizer.vocab_size())] {
+        if (needed as usize) > vocab {
+            let dir = config.data.dir.display();
+            let reason = format!("the {what} in {dir} have a vocabulary of {needed} tokens");
+            return Err(TrainError::value("model.vocab_size", vocab, reason));
+        }
+    }
+    // A split too short for one window is an error before anything is written.
+    validation.windows(config.batch.sequence)?;
+    for prompt in &config.sample.prompts {
+        tokenizer.encode(prompt)?;
+    }
+    Ok(())
+}
+
+/// Makes the run folder and claims it, so that two runs never write into one.
+fn lock(run_dir: &Path) -> Result<File, TrainError> {
+    fs::create_dir_all(run_dir).map_err(with_path(run_dir))?;
+    let path = run_dir.join(".lock");
+    let file = File::create(&path).map_err(with_path(&path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(TrainError::RunFolder {
+            path: run_dir.to_path_buf(),
+            what: "another bitnet-train is at work in it".into(),
+        }),
+        Err(TryLockError::Error(e)) => Err(with_path(&path)(e).into()),
+    }
+}
+
+/// The checkpoint to go on from.
+fn find_checkpoint(run_dir: &Path, resume: bool) -> Result<Option<PathBuf>, TrainError> {
+    checkpoint::sweep(run_dir)?;
+    match checkpoint::list(run_dir)?.pop() {
+        Some((step, _)) if !resume => Err(TrainError::RunFolder {
+            path: run_dir.to_path_buf(),
+            what: format!(
+                "has checkpoints up to step {step}; go on with --resume, or choose another folder with --run"
+            ),
+        }),
+        newest => Ok(newest.map(|(_, path)| path)),
+    }
+}
+
+/// A checkpoint of other data, or beyond the schedule, cannot be gone on from.
+fn check_resumed(
+    path: &Path,
+    saved: &State,
+    fresh: &State,
+    config: &TrainConfig,
+) -> Result<(), TrainError> {
+    for (what, saved, found) in [
+        ("corpus", &saved.corpus_hash, &fresh.corpus_hash),
+        ("tokenizer", &saved.tokenizer_sha256, &fresh.tokenizer_sha256),
+    ] {
+        if saved != found {
+            let dir = config.data.dir.display();
+            let text = format!("was trained on the {what} with hash {saved}, {dir} has {found}");
+            return Err(TrainError::checkpoint(path, text));
+        }
+    }
+    if saved.step > config.schedule.steps {
+        let reason = format!("the checkpoint {} is already beyond it", path.display());
+        return Err(TrainError::value("schedule.steps", config.schedule.steps, reason));
+    }
+    Ok(())
+}
+
+fn resume_stream(
+    fresh: &BatchStream,
+    config: &TrainConfig,
+    saved: &State,
+    path: &Path,
+) -> Result<BatchStream, TrainError> {
+    if saved.batches.seed != config.data.seed {
+        let reason =
+            format!("the checkpoint {} was trained with {}", path.display(), saved.batches.seed);
+        return Err(TrainError::value("data.seed", config.data.seed, reason));
+    }
+    let dataset = Dataset::open(fresh.dataset().folder(), Split::Train)?;
+    Ok(BatchStream::from_state(dataset, config.batch.sequence, saved.batches)?)
+}

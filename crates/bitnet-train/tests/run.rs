@@ -1,0 +1,293 @@
+//! Whole runs of a tiny model on the CPU: resumed bit for bit, stopped, refused.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bitnet_core::Exit;
+use bitnet_data::{FileOptions, PrepareOptions, Source, prepare};
+use bitnet_train::device::DeviceChoice;
+use bitnet_train::metrics::{self, Metric};
+use bitnet_train::{RunOptions, Stop, Summary, TrainConfig, TrainError, checkpoint, run};
+
+/// Text with something to learn: sentences from a small grammar, some hundred
+/// documents of it.
+fn corpus(folder: &Path) {
+    fs::create_dir_all(folder).unwrap();
+    let mut state = 12345u64;
+    let mut pick = |words: &[&str]| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        words[(state >> 33) as usize % words.len()].to_owned()
+    };
+    for document in 0..300 {
+        let mut text = String::new();
+        for _ in 0..12 {
+            let subject = pick(&["the cat", "a dog", "my bird", "one fish"]);
+            let verb = pick(&["sees", "likes", "follows", "hears"]);
+            let object = pick(&["the moon", "a river", "some bread", "the old house"]);
+            text += &format!("{subject} {verb} {object}.\n");
+        }
+        fs::write(folder.join(format!("{document:03}.txt")), text).unwrap();
+    }
+}
+
+fn prepared(dir: &Path, name: &str, seed: u64) -> PathBuf {
+    let text = dir.join("text");
+    if !text.exists() {
+        corpus(&text);
+    }
+    let out = dir.join(name);
+    let source = Source::Files(FileOptions { paths: vec![text], ..FileOptions::default() });
+    let options = PrepareOptions {
+        vocab_size: 320,
+        validation_share: 0.1,
+        seed,
+        ..PrepareOptions::new(source, &out)
+    };
+    prepare(&options, &mut ()).unwrap();
+    out
+}
+
+fn config(dir: &Path, run: &str) -> TrainConfig {
+    let data = dir.join("data");
+    if !data.exists() {
+        prepared(dir, "data", 0);
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/tiny.toml");
+    let set = [
+        "model.vocab_size=320",
+        "batch.tokens=128",
+        "batch.sequence=32",
+        "batch.micro_batch=2",
+        "schedule.steps=20",
+        "schedule.warmup_steps=4",
+        "eval.every=5",
+        "eval.windows=4",
+        "sample.every=10",
+        "sample.prompts=[\"the cat \"]",
+        "sample.tokens=4",
+        "sample.temperature=0.5",
+        "checkpoint.every=5",
+        "checkpoint.keep=2",
+    ];
+    let mut config = bitnet_train::config_file::load(&path, &set.map(ToOwned::to_owned)).unwrap();
+    config.data.dir = data;
+    config.run_dir = dir.join(run);
+    config
+}
+
+fn options(config: &TrainConfig) -> RunOptions {
+    let config = config.clone();
+    RunOptions { config, device: DeviceChoice::Cpu, resume: false, until: None }
+}
+
+fn train(config: &TrainConfig, resume: bool, until: Option<u64>) -> Result<Summary, TrainError> {
+    run(&RunOptions { resume, until, ..options(config) }, &Stop::default())
+}
+
+/// What must not differ between two runs: everything but times.
+fn losses(config: &TrainConfig) -> Vec<(u64, Vec<u64>)> {
+    let all = metrics::read(&config.run_dir.join("metrics.jsonl")).unwrap();
+    let numbers = |m: &Metric| match m {
+        Metric::Train(m) => vec![m.loss.to_bits(), m.lr.to_bits(), m.grad_norm.to_bits(), m.tokens],
+        Metric::Eval(m) => vec![m.val_loss.to_bits(), m.tokens],
+    };
+    all.iter().map(|m| (m.step(), numbers(m))).collect()
+}
+
+fn last(config: &TrainConfig) -> PathBuf {
+    checkpoint::list(&config.run_dir).unwrap().pop().unwrap().1
+}
+
+#[test]
+fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = config(dir.path(), "whole");
+    let summary = train(&whole, false, None).unwrap();
+    assert_eq!((summary.steps, summary.tokens), (20, 20 * 128));
+    let first = losses(&whole)[0].1[0];
+    assert!(summary.train_loss.unwrap() < f64::from_bits(first));
+    // Ten and ten, and stops between checkpoints and evaluations; one of the
+    // stops is a kill: lines and folders beyond the checkpoint, half written.
+    for (name, stops) in [("ten", &[10][..]), ("odd", &[3, 4, 11, 19])] {
+        let parts = config(dir.path(), name);
+        for &until in stops {
+            train(&parts, true, Some(until)).unwrap();
+            let log = parts.run_dir.join("metrics.jsonl");
+            let torn = fs::read_to_string(&log).unwrap()
+                + "{\"kind\":\"eval\",\"step\":99,\"val_loss\":1,\"tokens\":1,\"seconds\":1}\n{\"ki";
+            fs::write(log, torn).unwrap();
+            let half = parts.run_dir.join("checkpoints/.00000099.tmp-1");
+            fs::create_dir(&half).unwrap();
+            fs::write(half.join("model.safetensors"), "half").unwrap();
+        }
+        let resumed = train(&parts, true, None).unwrap();
+        assert_eq!(resumed.val_loss, summary.val_loss);
+        assert_eq!(losses(&parts), losses(&whole), "{name}");
+        for file in ["model.safetensors", "optimizer.safetensors", "golden.json", "config.json"] {
+            let read = |c: &TrainConfig| fs::read(last(c).join(file)).unwrap();
+            assert!(read(&parts) == read(&whole), "{name}: {file}");
+        }
+        let samples = |c: &TrainConfig| fs::read(c.run_dir.join("samples.jsonl")).unwrap();
+        assert_eq!(samples(&parts), samples(&whole), "{name}");
+    }
+    let steps: Vec<u64> = checkpoint::list(&whole.run_dir).unwrap().iter().map(|c| c.0).collect();
+    assert_eq!(steps, [15, 20]);
+    for file in ["config.toml", "loss.png", "loss.svg"] {
+        assert!(whole.run_dir.join(file).is_file(), "{file}");
+    }
+    // A finished run that is resumed has nothing to do and says the same.
+    let again = train(&whole, true, None).unwrap();
+    assert_eq!((again.steps, again.checkpoint), (20, summary.checkpoint));
+}
+
+#[test]
+fn accumulated_gradients_are_those_of_the_whole_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut split = config(dir.path(), "split");
+    split.schedule.steps = 2;
+    let mut whole = split.clone();
+    whole.run_dir = dir.path().join("whole");
+    whole.batch.micro_batch = 4;
+    assert_eq!((split.batch.micro_steps(), whole.batch.micro_steps()), (2, 1));
+    train(&split, false, None).unwrap();
+    train(&whole, false, None).unwrap();
+    let (a, b) = (losses(&split), losses(&whole));
+    for i in [0, 2] {
+        let (x, y) = (f64::from_bits(a[0].1[i]), f64::from_bits(b[0].1[i]));
+        assert!((x / y - 1.0).abs() < 1e-4, "{x} and {y}");
+    }
+}
+
+#[test]
+fn an_interrupted_run_saves_and_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path(), "run");
+    train(&config, false, Some(6)).unwrap();
+    let stop = Stop::default();
+    assert!(!stop.request());
+    assert!(stop.request());
+    let error = run(&RunOptions { resume: true, ..options(&config) }, &stop).unwrap_err();
+    assert_eq!(error.exit(), Exit::Interrupted);
+    let text = error.to_string();
+    assert!(text.starts_with("interrupted after step 6; saved "), "{text}");
+    assert!(text.ends_with(&format!("--resume --run {}", config.run_dir.display())), "{text}");
+    assert_eq!(last(&config), config.run_dir.join("checkpoints/00000006"));
+}
+
+#[test]
+fn a_loss_that_is_no_number_stops_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path(), "run");
+    train(&config, false, Some(5)).unwrap();
+    // The last four bytes of the file are an element of the last norm.
+    let path = last(&config).join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    let before = losses(&config);
+    let error = train(&config, true, None).unwrap_err();
+    assert_eq!(error.exit(), Exit::Failed);
+    let text = error.to_string();
+    assert!(text.contains("loss is NaN at step 6"), "{text}");
+    assert!(text.ends_with(&last(&config).display().to_string()), "{text}");
+    assert_eq!(last(&config), config.run_dir.join("checkpoints/00000005"));
+    assert_eq!(losses(&config), before);
+}
+
+#[test]
+fn what_cannot_be_trained_is_refused_with_a_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = config(dir.path(), "run");
+    type Case = (fn(&mut TrainConfig), Exit, &'static str);
+    let cases: &[Case] = &[
+        (|c| c.model.vocab_size = 300, Exit::Usage, "model.vocab_size = 300: the shards in "),
+        (
+            |c| c.batch.sequence = 129,
+            Exit::Usage,
+            "batch.sequence = 129: is longer than model.max_position_embeddings = 128",
+        ),
+        (|c| c.data.dir = "no/such/folder".into(), Exit::BadInput, "no/such/folder"),
+        (
+            |c| {
+                c.model.max_position_embeddings = 1 << 20;
+                c.batch.sequence = 1 << 20;
+                c.batch.micro_batch = 1;
+                c.batch.tokens = 1 << 20;
+            },
+            Exit::BadInput,
+            "one window of context 1048576 needs 1048577",
+        ),
+    ];
+    for (spoil, exit, message) in cases {
+        let mut config = good.clone();
+        spoil(&mut config);
+        let error = train(&config, false, None).unwrap_err();
+        assert_eq!(error.exit(), *exit, "{error}");
+        let text = bitnet_core::exit::chain(&error);
+        assert!(text.contains(message), "{text}");
+    }
+    assert!(!good.run_dir.join("config.toml").exists());
+}
+
+#[test]
+fn a_run_that_cannot_be_gone_on_from_is_refused_with_a_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = config(dir.path(), "run");
+    train(&good, false, Some(5)).unwrap();
+    let error = train(&good, false, None).unwrap_err();
+    assert_eq!(error.exit(), Exit::Usage);
+    assert!(error.to_string().contains("has checkpoints up to step 5; go on with --resume"));
+    let other = prepared(dir.path(), "other", 7);
+    let mut cases: Vec<(TrainConfig, Exit, &str)> = Vec::new();
+    let mut with = |change: &dyn Fn(&mut TrainConfig), exit, message| {
+        let mut config = good.clone();
+        change(&mut config);
+        cases.push((config, exit, message));
+    };
+    with(&|c| c.model.hidden_act = bitnet_core::Activation::Silu, Exit::BadInput, "hidden_act");
+    with(&|c| c.data.seed += 1, Exit::Usage, "data.seed");
+    with(&|c| c.schedule.steps = 4, Exit::Usage, "schedule.steps = 4");
+    with(&|c| c.data.dir = other.clone(), Exit::BadInput, "");
+    for (config, exit, message) in cases {
+        let error = train(&config, true, None).unwrap_err();
+        assert_eq!(error.exit(), exit, "{error}");
+        assert!(error.to_string().contains(message), "{error}");
+    }
+    for file in ["model.safetensors", "optimizer.safetensors", "state.json", "config.json"] {
+        let path = last(&good).join(file);
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[..whole.len() / 2]).unwrap();
+        let error = train(&good, true, None).unwrap_err();
+        assert_eq!(error.exit(), Exit::BadInput, "{error}");
+        assert!(error.to_string().contains(file), "{error}");
+        fs::write(&path, whole).unwrap();
+    }
+    train(&good, true, None).unwrap();
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_leaves_earlier_checkpoints() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = config(dir.path(), "run");
+    train(&good, false, Some(5)).unwrap();
+    let state = fs::read(last(&good).join("state.json")).unwrap();
+    // The plot's place is taken by a folder: the first write after the checkpoint.
+    fs::remove_file(good.run_dir.join("loss.svg")).unwrap();
+    fs::create_dir(good.run_dir.join("loss.svg")).unwrap();
+    let error = train(&good, true, Some(7)).unwrap_err();
+    assert_eq!(error.exit(), Exit::Failed, "{error}");
+    assert!(error.to_string().contains("loss.svg"), "{error}");
+    let first = &checkpoint::list(&good.run_dir).unwrap()[0].1;
+    assert_eq!(fs::read(first.join("state.json")).unwrap(), state);
+    // A file where the folder of checkpoints should be: nothing can be saved.
+    let mut blocked = good.clone();
+    blocked.run_dir = dir.path().join("blocked");
+    fs::create_dir(&blocked.run_dir).unwrap();
+    fs::write(blocked.run_dir.join("checkpoints"), "").unwrap();
+    let error = train(&blocked, false, None).unwrap_err();
+    assert_eq!(error.exit(), Exit::Failed, "{error}");
+    assert!(error.to_string().contains("checkpoints"), "{error}");
+}
