@@ -21,6 +21,22 @@ fn required_instruction_sets_are_present() {
     assert!(missing.is_empty(), "BITNET_REQUIRE_ISA={list}: missing {missing:?}");
 }
 
+/// The test above, run by itself with the variable set, fails as it should.
+#[test]
+fn a_missing_required_set_fails_the_run() {
+    let run = |list: &str| {
+        std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "required_instruction_sets_are_present"])
+            .env("BITNET_REQUIRE_ISA", list)
+            .output()
+            .unwrap()
+    };
+    assert!(run("portable").status.success());
+    let failed = run("portable,mmx");
+    assert!(!failed.status.success());
+    assert!(String::from_utf8_lossy(&failed.stdout).contains("missing [\"mmx\"]"));
+}
+
 /// Rows and quantised tokens of a product.
 struct Case {
     w: TernaryMatrix,

@@ -1,0 +1,267 @@
+//! The float operations: every instruction set of this machine gives the bits of
+//! a plain scalar loop in the documented order of additions. (A NaN is only a
+//! NaN: its payload is not part of any definition.)
+
+#![allow(clippy::unwrap_used)]
+
+use bitnet_core::ternary::{LANES, lane_sum};
+use bitnet_kernels::{DenseRows, KEY_BLOCK, Kernels, KvElement, MatMut, key_blocks_len, store_key};
+use half::{bf16, f16};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+/// Bits, with one pattern for every NaN.
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
+}
+
+/// Asserts that every instruction set gives `want`.
+fn all_give(want: &[f32], run: impl Fn(Kernels) -> Vec<f32>) {
+    for kernels in Kernels::all() {
+        assert_eq!(bits(&run(kernels)), bits(want), "{}", kernels.name());
+    }
+}
+
+/// The dot product as it is defined.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    for (i, (a, b)) in a.iter().zip(b).enumerate() {
+        lanes[i % LANES] += a * b;
+    }
+    lane_sum(lanes)
+}
+
+/// `e^x` as the kernels compute it, one element at a time (the largest of a pair
+/// is its own maximum, so the other becomes `e^(x - max)`).
+fn exp(x: f32) -> f32 {
+    let mut pair = [x, 0.0];
+    Kernels::by_name("portable").unwrap().exp_sum(&mut pair);
+    pair[0]
+}
+
+fn usual() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        8 => -3.0f32..3.0,
+        2 => -100.0f32..100.0,
+        1 => Just(0.0),
+        1 => Just(-0.0),
+        1 => -1e-40f32..1e-40,
+    ]
+}
+
+/// Also what should never come, but must give the same nonsense everywhere.
+fn hostile() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        10 => usual(),
+        1 => any::<f32>(),
+        1 => Just(f32::INFINITY),
+        1 => Just(f32::NEG_INFINITY),
+        1 => Just(f32::NAN),
+    ]
+}
+
+/// `count` vectors of one length in `len`.
+fn together(
+    count: usize,
+    len: std::ops::Range<usize>,
+    element: fn() -> BoxedStrategy<f32>,
+) -> impl Strategy<Value = Vec<Vec<f32>>> {
+    len.prop_flat_map(move |len| vec(vec(element(), len), count))
+}
+
+fn check_elementwise(x: &[f32], y: &[f32], z: &[f32]) {
+    let n = x.len();
+    all_give(&[dot(x, y)], |k| vec![k.dot(x, y)]);
+    let sum: Vec<f32> = x.iter().zip(y).map(|(x, y)| x + y).collect();
+    all_give(&sum, |k| {
+        let mut out = x.to_vec();
+        k.add_assign(&mut out, y);
+        out
+    });
+    let inv = 1.0 / (dot(x, x) / n as f32 + 1e-5).sqrt();
+    let mut norm: Vec<f32> = x.iter().zip(y).map(|(x, w)| (x * inv) * w).collect();
+    norm.push(inv);
+    all_give(&norm, |k| {
+        let mut out = vec![0.0; n];
+        out.push(0.0);
+        out[n] = k.rms_norm(x, y, 1e-5, &mut out[..n]);
+        out
+    });
+    let relu2 = |g: f32, u: f32| if g > 0.0 { (g * g) * u } else { 0.0 * u };
+    let want: Vec<f32> = x.iter().zip(y).map(|(&g, &u)| relu2(g, u)).collect();
+    all_give(&want, |k| {
+        let mut out = vec![0.0; n];
+        k.relu2_mul(x, y, &mut out);
+        out
+    });
+    let half = n / 2;
+    let (cos, sin) = (&y[..half], &z[..half]);
+    let mut want = x[..2 * half].to_vec();
+    for i in 0..half {
+        want[i] = x[i] * cos[i] - x[i + half] * sin[i];
+        want[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
+    }
+    all_give(&want, |k| {
+        let mut out = x[..2 * half].to_vec();
+        k.rotate(&mut out, cos, sin);
+        out
+    });
+}
+
+/// Operations whose definition is the portable path itself.
+fn check_against_portable(x: &[f32], y: &[f32], z: &[f32]) {
+    let n = x.len();
+    let silu = |k: Kernels| {
+        let mut out = vec![0.0; n];
+        k.silu_mul(x, y, &mut out);
+        out
+    };
+    let softmax = |k: Kernels| {
+        let mut out = x.to_vec();
+        let (max, sum) = k.exp_sum(&mut out);
+        out.extend([max, sum]);
+        out
+    };
+    let backward = |k: Kernels| {
+        let (mut a, mut b) = (vec![0.0; n], vec![0.5; n]);
+        k.rms_norm_backward(x, y, 0.7, z, &mut a, &mut b);
+        let (mut c, mut d) = (vec![0.0; n], vec![0.0; n]);
+        k.silu_mul_backward(x, y, z, &mut c, &mut d);
+        let (mut e, mut f) = (vec![0.0; n], vec![0.0; n]);
+        k.relu2_mul_backward(x, y, z, &mut e, &mut f);
+        [a, b, c, d, e, f].concat()
+    };
+    let portable = Kernels::by_name("portable").unwrap();
+    all_give(&silu(portable), silu);
+    all_give(&softmax(portable), softmax);
+    all_give(&backward(portable), backward);
+}
+
+/// A float whose conversion to `f16` and back changes nothing.
+fn as_f16(x: &[f32]) -> Vec<f16> {
+    x.iter().map(|&x| f16::from_f32(x)).collect()
+}
+
+fn check_dense(w: &[f32], xs: &[f32], cols: usize) {
+    let (rows, tokens) = (w.len() / cols, xs.len() / cols);
+    let (half, brain) = (as_f16(w), w.iter().map(|&w| bf16::from_f32(w)).collect::<Vec<_>>());
+    let widened = [
+        w.to_vec(),
+        half.iter().map(|w| w.to_f32()).collect(),
+        brain.iter().map(|w| w.to_f32()).collect(),
+    ];
+    let stored = [DenseRows::F32(w), DenseRows::F16(&half), DenseRows::Bf16(&brain)];
+    for (w, stored) in widened.iter().zip(stored) {
+        let want: Vec<f32> = xs
+            .chunks_exact(cols)
+            .flat_map(|x| w.chunks_exact(cols).map(move |w| dot(w, x)))
+            .collect();
+        all_give(&want, |k| {
+            let mut out = vec![0.0; tokens * rows];
+            k.dense_matmul(stored, xs, cols, MatMut::new(&mut out, tokens, rows));
+            out
+        });
+        all_give(&want, |k| {
+            let mut out = vec![0.0; tokens * rows];
+            for (x, out) in xs.chunks_exact(cols).zip(out.chunks_exact_mut(rows)) {
+                k.dense_matvec(stored, x, out);
+            }
+            out
+        });
+        let mut row = vec![0.0; cols];
+        stored.read_row(rows - 1, &mut row);
+        assert_eq!(bits(&row), bits(&w[(rows - 1) * cols..]));
+    }
+}
+
+/// Attention as it is defined: scores over c in order, values over t in order.
+fn attend_plain(q: &[f32], keys: &[f32], values: &[f32], len: usize, scale: f32) -> Vec<f32> {
+    let c = q.len();
+    let score = |t: usize| (0..c).fold(0.0f32, |sum, i| sum + q[i] * keys[t * c + i]) * scale;
+    let mut scores: Vec<f32> = (0..len).map(score).collect();
+    let max = scores.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
+    scores.iter_mut().for_each(|s| *s = exp(*s - max));
+    let mut lanes = [0.0f32; LANES];
+    scores.iter().enumerate().for_each(|(t, s)| lanes[t % LANES] += s);
+    let inv_sum = 1.0 / lane_sum(lanes);
+    let column = |i: usize| (0..len).fold(0.0f32, |sum, t| sum + scores[t] * values[t * c + i]);
+    (0..c).map(|i| column(i) * inv_sum).collect()
+}
+
+fn check_attention<E: KvElement>(q: &[f32], kv: &[f32], len: usize) {
+    let c = q.len();
+    let elements: Vec<E> = kv.iter().map(|&x| E::from_f32(x)).collect();
+    let widened: Vec<f32> = elements.iter().map(|x| x.to_f32()).collect();
+    let (keys, values) = widened.split_at(len * c);
+    // What lies behind the last position must not matter.
+    let mut blocks = vec![E::from_f32(f32::NAN); key_blocks_len(len, c)];
+    for t in 0..len {
+        store_key(&mut blocks, t, &kv[t * c..(t + 1) * c]);
+    }
+    let want = attend_plain(q, keys, values, len, 0.3);
+    all_give(&want, |k| {
+        let mut scores = vec![0.0; len.next_multiple_of(KEY_BLOCK)];
+        let mut out = vec![0.0; c];
+        k.attend(q, &blocks, &elements[len * c..], len, 0.3, &mut scores, &mut out);
+        out
+    });
+}
+
+#[test]
+fn lengths_around_a_vector() {
+    for n in [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 576, 1000] {
+        let of = |f: f32| (0..n).map(|i| (i as f32 * f).sin() * 3.0).collect::<Vec<_>>();
+        let (x, y, z) = (of(0.7), of(1.3), of(2.1));
+        check_elementwise(&x, &y, &z);
+        check_against_portable(&x, &y, &z);
+    }
+}
+
+#[test]
+fn attention_of_many_lengths() {
+    for c in [1, 8, 16, 24, 32, 64, 80, 96, 128] {
+        for len in [1, 2, 15, 16, 17, 63, 64, 65, 100, 130] {
+            let of = |n: usize, f: f32| (0..n).map(|i| (i as f32 * f).sin()).collect::<Vec<_>>();
+            check_attention::<f32>(&of(c, 0.9), &of(2 * len * c, 0.37), len);
+            check_attention::<f16>(&of(c, 0.9), &of(2 * len * c, 0.37), len);
+        }
+    }
+}
+
+#[test]
+fn dense_shapes_around_a_tile() {
+    for cols in [1, 7, 16, 40, 100] {
+        for rows in 1..10 {
+            for tokens in [1, 2, 3, 4, 5, 33] {
+                let of =
+                    |n: usize, f: f32| (0..n).map(|i| (i as f32 * f).sin()).collect::<Vec<_>>();
+                check_dense(&of(rows * cols, 0.9), &of(tokens * cols, 1.7), cols);
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn elementwise(v in together(3, 1..200, || usual().boxed())) {
+        check_elementwise(&v[0], &v[1], &v[2]);
+        check_against_portable(&v[0], &v[1], &v[2]);
+    }
+
+    #[test]
+    fn elementwise_hostile(v in together(3, 1..100, || hostile().boxed())) {
+        check_against_portable(&v[0], &v[1], &v[2]);
+        all_give(&[dot(&v[0], &v[1])], |k| vec![k.dot(&v[0], &v[1])]);
+    }
+
+    #[test]
+    fn dense(v in together(14, 1..90, || hostile().boxed())) {
+        check_dense(&v[..9].concat(), &v[9..].concat(), v[0].len());
+    }
+
+    #[test]
+    fn attention(v in together(61, 1..70, || usual().boxed())) {
+        check_attention::<f32>(&v[60], &v[..60].concat(), 30);
+        check_attention::<f16>(&v[60], &v[..60].concat(), 30);
+    }
+}
