@@ -4,7 +4,7 @@
 use bitnet_core::names::Linear;
 use bitnet_core::rope;
 use bitnet_core::{Activation, ModelConfig, WeightQuantizer};
-use bitnet_kernels::{DenseRows, Kernels, MatMut, QuantizedTokens, TokensRef};
+use bitnet_kernels::{Kernels, MatMut, QuantizedTokens, TokensRef};
 
 use crate::cache::{Attention, Heads, KvCache};
 use crate::model::{Inner, Layer, LinearRef};
@@ -448,22 +448,11 @@ impl Product<'_> {
     }
 
     fn run_all(self) {
+        let (kernels, input) = (self.kernels, self.input);
         match self.weight {
-            LinearRef::Ternary(w) => {
-                self.kernels.ternary_matmul(w, self.input.quantized, self.out);
-            }
-            LinearRef::Dense { rows, cols } => self.dense(rows, cols),
-        }
-    }
-
-    /// A block of rows meets every token before the next is read.
-    fn dense(mut self, rows: DenseRows<'_>, cols: usize) {
-        let count = rows.len() / cols;
-        for start in (0..count).step_by(ROW_BLOCK) {
-            let end = count.min(start + ROW_BLOCK);
-            let block = rows.rows(cols, start, end);
-            for (t, x) in self.input.float.chunks_exact(cols).enumerate() {
-                self.kernels.dense_matvec(block, x, &mut self.out.row(t)[start..end]);
+            LinearRef::Ternary(w) => kernels.ternary_matmul(w, input.quantized, self.out),
+            LinearRef::Dense { rows, cols } => {
+                kernels.dense_matmul(rows, input.float, cols, self.out);
             }
         }
     }

@@ -121,11 +121,9 @@ impl Sampler {
         if o.temperature == 0.0 {
             return Ok(argmax(&self.logits));
         }
-        self.logits.iter_mut().for_each(|x| *x /= o.temperature);
-        // A temperature near 0 can take a finite logit to infinity.
-        if self.logits.iter().any(|x| *x == f32::INFINITY) {
-            return Ok(argmax(&self.logits));
-        }
+        // The largest becomes 0, so that no temperature takes it to infinity.
+        let max = self.logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
+        self.logits.iter_mut().for_each(|x| *x = (*x - max) / o.temperature);
         self.candidates.clear();
         self.candidates.extend(self.logits.iter().zip(0..).map(|(&x, id)| (x, id)));
         top_k(&mut self.candidates, o.top_k);

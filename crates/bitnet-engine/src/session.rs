@@ -272,10 +272,7 @@ impl Session {
         let chunk = self.chunk;
         let last = tokens.len().div_ceil(chunk) - 1;
         for (i, tokens) in tokens.chunks(chunk).enumerate() {
-            let hook = match &mut hook {
-                Some(hook) => Some(&mut **hook as Hook<'_>),
-                None => None,
-            };
+            let hook = hook.as_mut().map(|hook| &mut **hook as Hook<'_>);
             self.pass(tokens, i == last, hook);
         }
     }
