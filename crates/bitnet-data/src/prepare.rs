@@ -271,8 +271,7 @@ fn note_missing_packages(inputs: &Inputs, progress: &mut dyn Progress) {
     let missing = inputs.missing_packages();
     if let Some(first) = missing.first() {
         progress.note(&format!(
-            "{} of {} locked packages are here; {} are not ({first} …): \
-             `cargo fetch` brings them, and with all of them the corpus is the same on every machine",
+            "{} of {} packages are here; {} are not ({first} …): `cargo fetch` brings them",
             inputs.packages(),
             inputs.packages() + missing.len(),
             missing.len(),

@@ -2,16 +2,17 @@
 //! and documentation of the packages that a `Cargo.lock` pins, as cargo has
 //! unpacked them. Nothing is downloaded and nothing is copied into a repository.
 //!
-//! `Cargo.lock` says which packages belong to the corpus, so that other packages
-//! in cargo's folder do not matter. Cargo unpacks only what a build on this
-//! platform needed; `cargo fetch` brings in the rest, and then the corpus is the
-//! same everywhere.
+//! The corpus is what a build of the workspace with its default features compiles
+//! on this platform, in the versions that `Cargo.lock` pins: on one platform the
+//! same lock file gives the same documents, whatever else lies in cargo's folder.
+//! Where cargo cannot say what it would compile, every package of the lock file
+//! that is there is taken.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 use walkdir::WalkDir;
@@ -52,7 +53,10 @@ struct LockPackage {
 /// pins, ordered by package, then path.
 pub(super) fn find(workspace: &Path) -> Result<Found, DataError> {
     let lock_path = find_lock(workspace)?;
-    let wanted = locked_packages(&lock_path)?;
+    let mut wanted = locked_packages(&lock_path)?;
+    if let Some(compiled) = compiled_packages(&lock_path) {
+        wanted.retain(|package| compiled.contains(package));
+    }
     let registries = registry_folders();
     let mut folders = BTreeMap::new();
     let mut missing = Vec::new();
@@ -122,6 +126,27 @@ fn locked_packages(path: &Path) -> Result<Vec<String>, DataError> {
     names.sort();
     names.dedup();
     Ok(names)
+}
+
+/// `name-version` of what a build with default features compiles on this platform;
+/// `None` where cargo is missing or would have to download to tell.
+fn compiled_packages(lock: &Path) -> Option<BTreeSet<String>> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["tree", "--workspace", "--edges", "normal,build", "--prefix", "none"])
+        .args(["--format", "{p}", "--offline", "--locked", "--manifest-path"])
+        .arg(lock.with_file_name("Cargo.toml"))
+        .stderr(Stdio::null())
+        .output()
+        .ok()
+        .filter(|o| o.status.success())?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    // A line is `name v1.2.3`, then remarks in brackets.
+    let packages = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        Some(format!("{}-{}", words.next()?, words.next()?.strip_prefix('v')?))
+    });
+    Some(packages.collect())
 }
 
 /// Cargo's folders of unpacked packages, one for each registry, sorted.
