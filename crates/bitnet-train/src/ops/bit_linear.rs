@@ -120,10 +120,13 @@ struct BitLinear {
 
 struct Saved {
     x: QuantizedTokens,
-    /// `[N, K]` ternary values.
-    trits: Vec<i8>,
+    /// `[N, K]` ternary values, packed as the engine stores them.
+    weight: Vec<u8>,
     weight_scale: f32,
 }
+
+/// The layout of the weights between the forward and the backward pass.
+const LAYOUT: Layout = Layout::P2;
 
 /// Quantises `[tokens, cols]` activations.
 pub(crate) fn quantize_tokens(x: &[f32], cols: usize) -> QuantizedTokens {
@@ -146,32 +149,40 @@ pub(crate) fn quantize_tokens(x: &[f32], cols: usize) -> QuantizedTokens {
     out
 }
 
-/// Quantises `[rows, cols]` master weights: ternary values and scale.
-fn quantize_weights(weights: &[f32], cols: usize) -> (Vec<i8>, f32) {
+/// Quantises and packs `[rows, cols]` master weights: rows of bytes, and the scale.
+fn pack_weights(weights: &[f32], cols: usize) -> (Vec<u8>, f32) {
     let k = kernels();
     let sums: Vec<f64> =
         weights.par_chunks(cols).with_min_len(ROWS).map(|row| k.row_abs_sum(row)).collect();
     let scale = ternary::absmean_from_row_sums(&sums, weights.len());
     let inv = inv_weight_scale(scale);
-    let mut trits = vec![0i8; weights.len()];
-    trits
-        .par_chunks_mut(ROWS * cols)
-        .zip(weights.par_chunks(ROWS * cols))
-        .for_each(|(trits, weights)| k.quantize_weight_row(weights, inv, trits));
-    (trits, scale)
+    let mut bytes = vec![0u8; weights.len() / cols * LAYOUT.row_bytes(cols)];
+    bytes
+        .par_chunks_mut(LAYOUT.row_bytes(cols))
+        .zip(weights.par_chunks(cols))
+        .with_min_len(ROWS)
+        .for_each(|(bytes, weights)| k.pack_weight_row(weights, inv, bytes));
+    (bytes, scale)
 }
 
-/// Packs ternary values `[rows, cols]` as the engine stores them.
-fn pack(trits: &[i8], cols: usize) -> Vec<u8> {
-    let layout = Layout::P2;
-    let row_bytes = layout.row_bytes(cols);
-    let mut bytes = vec![0u8; trits.len() / cols * row_bytes];
-    bytes
-        .par_chunks_mut(row_bytes)
-        .zip(trits.par_chunks(cols))
+/// De-quantised weights `[rows, cols]`.
+fn dequantize_weights(saved: &Saved, rows: usize, cols: usize) -> Vec<f32> {
+    let mut out = vec![0.0f32; rows * cols];
+    out.par_chunks_mut(cols)
+        .zip(saved.weight.par_chunks(LAYOUT.row_bytes(cols)))
         .with_min_len(ROWS)
-        .for_each(|(bytes, trits)| layout.pack_row(trits, bytes));
-    bytes
+        .for_each_init(
+            || vec![0i8; cols],
+            |trits, (out, bytes)| {
+                if let Err(e) = LAYOUT.unpack_row(bytes, trits) {
+                    unreachable!("weights packed by the forward pass: {e}");
+                }
+                for (w, &t) in out.iter_mut().zip(trits.iter()) {
+                    *w = f32::from(t) * saved.weight_scale;
+                }
+            },
+        );
+    out
 }
 
 /// De-quantised activations `[tokens, cols]`.
@@ -194,16 +205,15 @@ impl CpuOp<2> for BitLinear {
     fn forward(&self, [x, weight]: [Buffer; 2], track: bool) -> (Vec<f32>, Option<Saved>) {
         let (k, rows) = (kernels(), self.rows);
         let q = quantize_tokens(x.data(), self.cols);
-        let (trits, weight_scale) = quantize_weights(weight.data(), self.cols);
-        let bytes = pack(&trits, self.cols);
-        let w = TernaryRows { layout: Layout::P2, cols: self.cols, weight_scale, bytes: &bytes };
+        let (bytes, weight_scale) = pack_weights(weight.data(), self.cols);
+        let w = TernaryRows { layout: LAYOUT, cols: self.cols, weight_scale, bytes: &bytes };
         let mut out = vec![0.0f32; self.tokens * rows];
         out.par_chunks_mut(ROWS * rows).enumerate().for_each(|(i, out)| {
             let tokens = out.len() / rows;
             let x = q.view().tokens(i * ROWS, i * ROWS + tokens);
             k.ternary_matmul(w, x, MatMut::new(out, tokens, rows));
         });
-        (out, track.then_some(Saved { x: q, trits, weight_scale }))
+        (out, track.then_some(Saved { x: q, weight: bytes, weight_scale }))
     }
 
     fn backward(
@@ -215,14 +225,7 @@ impl CpuOp<2> for BitLinear {
         let (tokens, rows, cols) = (self.tokens, self.rows, self.cols);
         let grad = MatRef::new(grad, tokens, rows, rows);
         let dx = want_x.then(|| {
-            let mut w = vec![0.0f32; saved.trits.len()];
-            w.par_chunks_mut(ROWS * cols).zip(saved.trits.par_chunks(ROWS * cols)).for_each(
-                |(w, trits)| {
-                    for (w, &t) in w.iter_mut().zip(trits) {
-                        *w = f32::from(t) * saved.weight_scale;
-                    }
-                },
-            );
+            let w = dequantize_weights(saved, rows, cols);
             matmul(grad, MatRef::new(&w, rows, cols, cols))
         });
         let dweight = want_weight.then(|| {
@@ -245,7 +248,7 @@ mod tests {
         for [tokens, rows, cols] in [[1, 1, 1], [3, 5, 7], [70, 33, 300], [2, 16, 1024]] {
             let x = random([tokens, cols], 3.0, 7);
             let w = random([rows, cols], 0.05, 8);
-            let (xs, ws) = (x.try_to_vec::<f32>().unwrap(), w.to_vec::<f32>().unwrap());
+            let (xs, ws) = (x.try_to_vec::<f32>().unwrap(), w.try_to_vec::<f32>().unwrap());
             let want: Vec<u32> = xs
                 .chunks_exact(cols)
                 .flat_map(|x| ternary::bit_linear(&ws, x))
@@ -279,7 +282,7 @@ mod tests {
         let (tokens, rows, cols) = (9, 6, 40);
         let (x, w) = (random([tokens, cols], 2.0, 3), random([rows, cols], 0.05, 4));
         let upstream = random([tokens, rows], 1.0, 5);
-        let (xs, ws) = (x.try_to_vec::<f32>().unwrap(), w.to_vec::<f32>().unwrap());
+        let (xs, ws) = (x.try_to_vec::<f32>().unwrap(), w.try_to_vec::<f32>().unwrap());
         let dy = upstream.try_to_vec::<f32>().unwrap();
         let (trits, weight_scale) = ternary::quantize_weights(&ws, cols);
         let mut want_dx = vec![0.0f64; tokens * cols];
