@@ -162,7 +162,7 @@ fn find_config(config: &Path) -> anyhow::Result<PathBuf> {
     }
     let places: Vec<String> = tried.iter().map(|p| p.display().to_string()).collect();
     let places = places.join(", ");
-    Err(ExitError::bad_input(anyhow!("no config {}: looked at {places}", config.display())).into())
+    Err(ExitError::usage(anyhow!("no config {}: looked at {places}", config.display())).into())
 }
 
 /// The workspace whose dependencies are the text: the working directory, or the

@@ -1,0 +1,372 @@
+//! `generate`, `chat` and `inspect` on small random models, through the binary:
+//! results, exit codes and messages.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+// The engine's makers of small random models.
+#[path = "../../bitnet-engine/tests/common/mod.rs"]
+mod common;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use bitnet_core::{ModelConfig, WeightQuantizer, names};
+use bitnet_format::hf;
+use common::{RandomModel, tokenizer_json};
+use serde_json::Value;
+
+type Args<'a> = Vec<&'a dyn AsRef<OsStr>>;
+
+fn command(args: &[&dyn AsRef<OsStr>]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
+    command.env_remove("BITNET_ISA").env_remove("RUST_LOG").stdin(Stdio::null());
+    args.iter().for_each(|a| {
+        command.arg(a.as_ref());
+    });
+    command
+}
+
+fn bitnet(args: &[&dyn AsRef<OsStr>]) -> Output {
+    command(args).output().unwrap()
+}
+
+/// Runs with `input` on stdin.
+fn piped(args: &[&dyn AsRef<OsStr>], input: &str) -> Output {
+    let mut command = command(args);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("output is UTF-8")
+}
+
+fn json(output: &Output) -> Value {
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+struct Setup {
+    dir: tempfile::TempDir,
+    model: PathBuf,
+}
+
+impl Setup {
+    fn new(config: &ModelConfig, chat_template: Option<&'static str>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = RandomModel::new(config, 1).file();
+        if let Some(template) = chat_template {
+            file.keys.push(("tokenizer.chat_template".into(), template.into()));
+        }
+        let model = file.write(&dir);
+        Self { dir, model }
+    }
+
+    fn tiny() -> Self {
+        Self::new(&ModelConfig::tiny(), None)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+#[test]
+fn generates_the_same_text_for_the_same_seed_however_the_prompt_comes() {
+    let s = Setup::tiny();
+    let prompt_file = s.path("prompt.txt");
+    fs::write(&prompt_file, "héllo").unwrap();
+    let rest: Args<'_> = vec![&"-n", &"20", &"--seed", &"7", &"--json", &"-"];
+    let with = |first: Args<'_>| -> Args<'_> { [first, rest.clone()].concat() };
+    let plain = json(&bitnet(&with(vec![&"generate", &s.model, &"héllo"])));
+    assert_eq!(plain["prompt"], "héllo");
+    assert_eq!(plain["prompt_tokens"], 6, "bytes are tokens here");
+    assert_eq!(plain["generated_tokens"], plain["tokens"].as_array().unwrap().len());
+    assert!(plain["generated_tokens"].as_u64().unwrap() <= 20);
+    assert!(["eos", "length"].contains(&plain["finish_reason"].as_str().unwrap()));
+    for key in ["prefill_tokens_per_second", "decode_tokens_per_second", "seconds", "isa", "kv"] {
+        assert!(!plain[key].is_null(), "{key}");
+    }
+    let file = json(&bitnet(&with(vec![&"generate", &s.model, &"--prompt-file", &prompt_file])));
+    let stdin = json(&piped(&with(vec![&"generate", &s.model]), "héllo"));
+    let threads = json(&bitnet(&with(vec![&"generate", &s.model, &"héllo", &"--threads", &"3"])));
+    for other in [&file, &stdin, &threads] {
+        assert_eq!(other["tokens"], plain["tokens"]);
+        assert_eq!(other["text"], plain["text"]);
+    }
+    let seed = json(&bitnet(&[
+        &"generate",
+        &s.model,
+        &"héllo",
+        &"-n",
+        &"20",
+        &"--seed",
+        &"8",
+        &"--json",
+        &"-",
+    ]));
+    assert_ne!(seed["tokens"], plain["tokens"]);
+}
+
+#[test]
+fn text_streams_to_stdout_and_speed_to_stderr() {
+    let s = Setup::tiny();
+    let out = s.path("out.json");
+    let args: Args<'_> =
+        vec![&"generate", &s.model, &"abc", &"-n", &"24", &"--temperature", &"0", &"--json", &out];
+    let output = bitnet(&args);
+    let report: Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+    let written = report["text"].as_str().unwrap();
+    assert_eq!(text(&output.stdout).trim_end_matches('\n'), written.trim_end_matches('\n'));
+    assert!(text(&output.stderr).contains("tokens/s"), "{}", text(&output.stderr));
+    // A stop string that appears ends the text before it.
+    let stop: String = written.chars().skip(written.chars().count() / 2).take(1).collect();
+    let stopped = json(&bitnet(&[
+        &"generate",
+        &s.model,
+        &"abc",
+        &"-n",
+        &"24",
+        &"--temperature",
+        &"0",
+        &"--stop",
+        &stop,
+        &"--json",
+        &"-",
+    ]));
+    assert_eq!(stopped["finish_reason"], "stop");
+    assert_eq!(stopped["text"], written[..written.find(&stop).unwrap()]);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_text_with_130_and_keeps_the_result() {
+    use std::io::Read;
+    let config = ModelConfig { max_position_embeddings: 1 << 20, ..ModelConfig::tiny() };
+    let s = Setup::new(&config, None);
+    let out = s.path("out.json");
+    let args: Args<'_> = vec![&"generate", &s.model, &"abc", &"-n", &"500000", &"--json", &out];
+    let mut command = command(&args);
+    // No end-of-text token may end it first: greedy from a fixed model does not.
+    command.args(["--temperature", "0"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdout = child.stdout.take().unwrap();
+    stdout.read_exact(&mut [0; 1]).unwrap();
+    let drain = std::thread::spawn(move || std::io::copy(&mut stdout, &mut std::io::sink()));
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    drain.join().unwrap().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", text(&output.stderr));
+    let report: Value = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+    assert_eq!(report["finish_reason"], "interrupted");
+    assert!(report["generated_tokens"].as_u64().unwrap() > 0);
+}
+
+#[test]
+fn a_base_model_goes_on_from_the_conversation() {
+    let s = Setup::tiny();
+    let output = piped(
+        &[&"chat", &s.model, &"-n", &"4", &"--seed", &"3"],
+        "hello\n/help\n/reset\nhello\n/nonsense\n\n/exit\nnever said\n",
+    );
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{err}");
+    assert_eq!(err.matches("base model without a chat template").count(), 1, "{err}");
+    assert!(err.contains("/reset  forget") && err.contains("(forgotten)"), "{err}");
+    assert!(err.contains("no such command: /nonsense"), "{err}");
+    assert!(!out.is_empty());
+    // Where the context is full it says so and goes on.
+    let long = format!("{}\n/reset\nhi\n", "x".repeat(200));
+    let output = piped(&[&"chat", &s.model, &"-n", &"2"], &long);
+    assert!(output.status.success());
+    assert!(text(&output.stderr).contains("200 tokens, and there is room for 128"));
+}
+
+#[test]
+fn a_chat_template_is_rendered() {
+    let template = "{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }}{% endfor %}\
+        {% if add_generation_prompt %}[assistant]{% endif %}";
+    let s = Setup::new(&ModelConfig::tiny(), Some(template));
+    let output = piped(&[&"chat", &s.model, &"-n", &"3", &"--system", &"Be."], "hi\nagain\n");
+    let err = text(&output.stderr);
+    assert!(output.status.success(), "{err}");
+    assert!(!err.contains("base model"), "{err}");
+    // The answer is the one to the rendered conversation.
+    let direct = json(&bitnet(&[
+        &"generate",
+        &s.model,
+        &"[system]Be.[user]hi[assistant]",
+        &"-n",
+        &"3",
+        &"--json",
+        &"-",
+    ]));
+    let expected = direct["text"].as_str().unwrap();
+    assert!(text(&output.stdout).starts_with(expected), "{expected:?}: {:?}", output.stdout);
+
+    let raises = "{{ raise_exception('roles must alternate') }}";
+    let s = Setup::new(&ModelConfig::tiny(), Some(raises));
+    let output = piped(&[&"chat", &s.model], "hi\n");
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("roles must alternate"));
+}
+
+#[test]
+fn inspects_packed_models() {
+    let s = Setup::tiny();
+    let report = json(&bitnet(&[&"inspect", &s.model, &"--verify", &"--json", &"-"]));
+    assert_eq!((&report["kind"], &report["layout"]), (&"packed".into(), &"p2".into()));
+    assert_eq!(report["verified"], true);
+    let parts = report["parts"].as_object().unwrap();
+    let sum: u64 = parts.values().map(|v| v.as_u64().unwrap()).sum();
+    assert_eq!(sum, fs::metadata(&s.model).unwrap().len());
+    assert_eq!(report["bytes"], sum);
+    let config = ModelConfig::tiny();
+    assert_eq!(report["parameters"]["total"], config.parameter_count().total());
+    let bits = &report["bits_per_ternary_weight"];
+    assert_eq!(bits["unpadded"], 2.0);
+    let linear = config.parameter_count().linear as f64;
+    let stored = 8.0 * parts["ternary"].as_u64().unwrap() as f64 / linear;
+    assert!((bits["stored"].as_f64().unwrap() - stored).abs() < 1e-9 && stored > 2.0);
+    // 11 tensors a block and seven scales, embedding, final norm.
+    assert_eq!(report["tensors"].as_array().unwrap().len(), 2 * (11 + 7) + 2);
+
+    let table = text(&bitnet(&[&"inspect", &s.model, &"--tensors"]).stdout);
+    for words in ["packed model", "2 layers, hidden 64", "blk.1.ffn_down.weight", "I8 [64, 64]"] {
+        assert!(table.contains(words), "`{words}` is not in\n{table}");
+    }
+    let twin = ModelConfig { weight_quantizer: WeightQuantizer::None, ..config };
+    let s = Setup::new(&twin, None);
+    let report = json(&bitnet(&[&"inspect", &s.model, &"--json", &"-"]));
+    assert!(report["layout"].is_null() && report["bits_per_ternary_weight"].is_null());
+    assert!(report["verified"].is_null());
+}
+
+#[test]
+fn verify_finds_a_code_that_is_no_weight() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = RandomModel::new(&ModelConfig::tiny(), 1).file();
+    file.tensor("blk.1.ffn_up.weight").3[70] = 0xff;
+    let path = file.write(&dir);
+    assert!(bitnet(&[&"inspect", &path]).status.success());
+    let output = bitnet(&[&"inspect", &path, &"--verify"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("blk.1.ffn_up.weight: row 1"), "{output:?}");
+}
+
+#[test]
+fn inspects_files_of_other_programs_and_checkpoints() {
+    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bitnet-format/tests/fixtures");
+    let foreign = fs::read_dir(fixture)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .find(|p| p.extension() == Some(OsStr::new("gguf")))
+        .expect("the format's fixtures hold a GGUF file");
+    let report = json(&bitnet(&[&"inspect", &foreign, &"--json", &"-"]));
+    assert_eq!(report["kind"], "gguf");
+    assert!(!report["tensors"].as_array().unwrap().is_empty());
+    assert!(!report["keys"].as_array().unwrap().is_empty());
+    assert_eq!(bitnet(&[&"inspect", &foreign, &"--verify"]).status.code(), Some(2));
+    let output = bitnet(&[&"generate", &foreign, &"x"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("bitnet-export"), "it says what to do: {output:?}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let config = ModelConfig::tiny();
+    let special = hf::SpecialTokens::default();
+    let config_json = hf::to_json(&config, special).to_string();
+    fs::write(dir.path().join("config.json"), config_json).unwrap();
+    let specs = names::tensors(&config);
+    let values: Vec<Vec<f32>> =
+        specs.iter().map(|(_, shape)| vec![0.5; shape.iter().product()]).collect();
+    let weights = dir.path().join("model.safetensors");
+    let mut writer = hf::TensorFileWriter::create(&weights, &[], specs.clone()).unwrap();
+    for ((name, _), values) in specs.iter().zip(&values) {
+        writer.write(name, values).unwrap();
+    }
+    writer.commit().unwrap();
+    let report = json(&bitnet(&[&"inspect", &dir.path(), &"--verify", &"--json", &"-"]));
+    assert_eq!(report["kind"], "checkpoint");
+    assert_eq!(report["bytes"], 4 * config.parameter_count().total());
+    let table = text(&bitnet(&[&"inspect", &dir.path()]).stdout);
+    assert!(table.contains("checkpoint of f32 master weights"), "{table}");
+}
+
+#[test]
+fn bad_usage_and_bad_files_are_told_apart() {
+    let s = Setup::tiny();
+    let (missing, foreign, cut, empty) =
+        (s.path("missing.gguf"), s.path("foreign.gguf"), s.path("cut.gguf"), s.path("empty.gguf"));
+    fs::write(&foreign, "PK\x03\x04 not a model").unwrap();
+    fs::write(&empty, "").unwrap();
+    let whole = fs::read(&s.model).unwrap();
+    fs::write(&cut, &whole[..whole.len() / 2]).unwrap();
+    let hollow = s.path("hollow");
+    fs::create_dir(&hollow).unwrap();
+    let model = &s.model;
+    let config = s.path("broken.toml");
+    fs::write(&config, "[model\n").unwrap();
+    assert!(tokenizer_json().contains("ByteLevel"));
+    let cases: Vec<(Args<'_>, i32, &str)> = vec![
+        (vec![&"generate", &missing, &"x"], 3, "missing.gguf: cannot be read"),
+        (vec![&"generate", &foreign, &"x"], 3, "foreign.gguf: not a GGUF file"),
+        (vec![&"generate", &empty, &"x"], 3, "empty.gguf"),
+        (vec![&"generate", &cut, &"x"], 3, "cut.gguf"),
+        (vec![&"generate", &hollow, &"x"], 3, "hollow"),
+        (vec![&"generate"], 2, "<MODEL>"),
+        (vec![&"generate", model, &""], 2, "the prompt is empty"),
+        (vec![&"generate", model, &"--prompt-file", &missing], 3, "missing.gguf: cannot be read"),
+        (vec![&"generate", model, &"x", &"--prompt-file", &config], 2, "--prompt-file"),
+        (vec![&"generate", model, &"x", &"-n", &"-1"], 2, "-1"),
+        (vec![&"generate", model, &"x", &"--temperature", &"hot"], 2, "hot"),
+        (vec![&"generate", model, &"x", &"--temperature=-1"], 2, "temperature = -1"),
+        (vec![&"generate", model, &"x", &"--top-p", &"1.5"], 2, "top_p = 1.5"),
+        (vec![&"generate", model, &"x", &"--min-p", &"2"], 2, "min_p = 2"),
+        (vec![&"generate", model, &"x", &"--repetition-penalty", &"0"], 2, "repetition_penalty"),
+        (vec![&"generate", model, &"x", &"--kv", &"f8"], 2, "f8"),
+        (vec![&"generate", model, &"x", &"--threads", &"0"], 2, "threads"),
+        (vec![&"generate", model, &"x", &"--context", &"129"], 2, "context = 129"),
+        (vec![&"generate", model, &"too long", &"--context", &"4"], 2, "8 tokens do not fit"),
+        (vec![&"generate", model, &"x", &"--frobnicate"], 2, "--frobnicate"),
+        (vec![&"chat", &missing], 3, "missing.gguf: cannot be read"),
+        (vec![&"chat", model, &"--system", &"x"], 2, "--system needs a model with"),
+        (vec![&"chat", model, &"--top-p", &"0"], 2, "top_p = 0"),
+        (vec![&"inspect", &missing], 3, "missing.gguf"),
+        (vec![&"inspect", &foreign], 3, "foreign.gguf: not a GGUF file"),
+        (vec![&"inspect", &cut], 3, "cut.gguf"),
+        (vec![&"inspect", &hollow], 3, "config.json"),
+        (vec![&"inspect"], 2, "<MODEL>"),
+        (vec![&"quickstart", &"--steps", &"0"], 2, "--steps"),
+        (vec![&"frobnicate"], 2, "frobnicate"),
+        (vec![], 2, "Usage"),
+    ];
+    for (args, code, words) in cases {
+        let output = bitnet(&args);
+        let message = text(&output.stderr);
+        let shown: Vec<_> = args.iter().map(|a| a.as_ref()).collect();
+        assert_eq!(output.status.code(), Some(code), "{shown:?}: {message}");
+        assert!(message.contains(words), "`{words}` is not in: {message}");
+        assert!(!message.contains("panicked"), "{message}");
+    }
+    let isa = command(&[&"generate", model, &"x"]).env("BITNET_ISA", "mmx").output().unwrap();
+    assert_eq!(isa.status.code(), Some(2));
+    assert!(text(&isa.stderr).contains("mmx"), "{isa:?}");
+    // A result that cannot be written is a failure, not bad usage.
+    let below_a_file = s.model.join("out.json");
+    let output = bitnet(&[&"inspect", model, &"--json", &below_a_file]);
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
+}
+
+#[test]
+fn help_shows_examples() {
+    for command in ["quickstart", "generate", "chat", "inspect"] {
+        let help = text(&bitnet(&[&command, &"--help"]).stdout);
+        assert!(help.contains("Examples:") && help.contains("Usage:"), "{help}");
+    }
+}
