@@ -1,8 +1,9 @@
 //! Threads: one pool, and regions that divide rows between them.
 //!
-//! A region is a tree of [`rayon::join`]s, which allocates nothing. Which thread
-//! computes a row never changes the row, so results do not depend on their
-//! number.
+//! A pass enters the pool once (its queue allocates a block every 63 passes) and
+//! a region in it is a tree of [`rayon::join`]s, which allocates nothing. Which
+//! thread computes a row never changes the row, so results do not depend on
+//! their number.
 
 use std::sync::Arc;
 
