@@ -81,9 +81,10 @@ fn generates_the_same_text_for_the_same_seed_however_the_prompt_comes() {
     let s = Setup::tiny();
     let prompt_file = s.path("prompt.txt");
     fs::write(&prompt_file, "héllo").unwrap();
-    let rest: Args<'_> = vec![&"-n", &"20", &"--seed", &"7", &"--json", &"-"];
-    let with = |first: Args<'_>| -> Args<'_> { [first, rest.clone()].concat() };
-    let plain = json(&bitnet(&with(vec![&"generate", &s.model, &"héllo"])));
+    fn with<'a>(first: &[&'a dyn AsRef<OsStr>]) -> Args<'a> {
+        [first, &[&"-n", &"20", &"--seed", &"7", &"--json", &"-"]].concat()
+    }
+    let plain = json(&bitnet(&with(&[&"generate", &s.model, &"héllo"])));
     assert_eq!(plain["prompt"], "héllo");
     assert_eq!(plain["prompt_tokens"], 6, "bytes are tokens here");
     assert_eq!(plain["generated_tokens"], plain["tokens"].as_array().unwrap().len());
@@ -92,9 +93,9 @@ fn generates_the_same_text_for_the_same_seed_however_the_prompt_comes() {
     for key in ["prefill_tokens_per_second", "decode_tokens_per_second", "seconds", "isa", "kv"] {
         assert!(!plain[key].is_null(), "{key}");
     }
-    let file = json(&bitnet(&with(vec![&"generate", &s.model, &"--prompt-file", &prompt_file])));
-    let stdin = json(&piped(&with(vec![&"generate", &s.model]), "héllo"));
-    let threads = json(&bitnet(&with(vec![&"generate", &s.model, &"héllo", &"--threads", &"3"])));
+    let file = json(&bitnet(&with(&[&"generate", &s.model, &"--prompt-file", &prompt_file])));
+    let stdin = json(&piped(&with(&[&"generate", &s.model]), "héllo"));
+    let threads = json(&bitnet(&with(&[&"generate", &s.model, &"héllo", &"--threads", &"3"])));
     for other in [&file, &stdin, &threads] {
         assert_eq!(other["tokens"], plain["tokens"]);
         assert_eq!(other["text"], plain["text"]);

@@ -104,7 +104,7 @@ fn hex(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    fn stage<'a>(args: &[&str], inputs: Vec<PathBuf>) -> Stage<'a> {
+    fn stage(args: &[&str], inputs: &[&Path]) -> Stage {
         Stage {
             name: "s",
             title: "t",
