@@ -12,6 +12,14 @@ pub enum Layout {
     /// 2 bits a weight: 256 weights in a 64-byte block. Weight `64p + j` of a
     /// block sits in bits `2p..2p+2` of byte `j`.
     P2,
+    /// 1.6 bits a weight: 320 weights in a 64-byte block. Weight `64p + j` of a
+    /// block is code `p` of byte `j`; see [`p5_byte`].
+    ///
+    /// The codes `c0..c4` of a byte are looked up, not divided out: of the number
+    /// `quad = c0 + 3·c1 + 9·c2 + 27·c3`, those below 64 stand in the low six bits
+    /// with `c4` (never 3) above; the others are `0b11` above
+    /// `(quad - 64)·3 + c4`, 51 states in six bits.
+    P5,
 }
 
 /// Bytes of a block in every layout.
@@ -19,13 +27,14 @@ pub const BLOCK_BYTES: usize = 64;
 
 impl Layout {
     /// Every layout.
-    pub const ALL: [Self; 1] = [Self::P2];
+    pub const ALL: [Self; 2] = [Self::P2, Self::P5];
 
     /// The name in files and options.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::P2 => "p2",
+            Self::P5 => "p5",
         }
     }
 
@@ -40,6 +49,7 @@ impl Layout {
     pub const fn block_weights(self) -> usize {
         match self {
             Self::P2 => 256,
+            Self::P5 => 320,
         }
     }
 
@@ -59,13 +69,14 @@ impl Layout {
     pub fn pack_row(self, trits: &[i8], out: &mut [u8]) {
         let block = self.block_weights();
         for (b, bytes) in out.chunks_exact_mut(BLOCK_BYTES).enumerate() {
+            // Padding holds the zero weight, code 1.
             let code = |i: usize| trits.get(b * block + i).map_or(1, |&t| (t + 1) as u8);
-            match self {
-                Self::P2 => {
-                    for (j, byte) in bytes.iter_mut().enumerate() {
-                        *byte = (0..4).fold(0, |acc, p| acc | code(64 * p + j) << (2 * p));
-                    }
-                }
+            for (j, byte) in bytes.iter_mut().enumerate() {
+                let codes = std::array::from_fn(|p| code(64 * p + j));
+                *byte = match self {
+                    Self::P2 => (0..4).fold(0, |acc, p| acc | codes[p] << (2 * p)),
+                    Self::P5 => p5_byte(codes),
+                };
             }
         }
     }
@@ -78,27 +89,48 @@ impl Layout {
         let block = self.block_weights();
         for (b, bytes) in bytes.chunks_exact(BLOCK_BYTES).enumerate() {
             for (j, &byte) in bytes.iter().enumerate() {
-                match self {
-                    Self::P2 => {
-                        for p in 0..4 {
-                            let code = (byte >> (2 * p)) & 3;
-                            let at = b * block + 64 * p + j;
-                            // Padding holds the zero weight, code 1.
-                            let valid = if at < trits.len() { code < 3 } else { code == 1 };
-                            if !valid {
-                                let at = b * BLOCK_BYTES + j;
-                                return Err(MatrixError::Code { byte, at });
-                            }
-                            if let Some(t) = trits.get_mut(at) {
-                                *t = code as i8 - 1;
-                            }
-                        }
+                let codes = match self {
+                    Self::P2 => p2_codes(byte),
+                    Self::P5 => p5_codes(byte),
+                };
+                let refuse = MatrixError::Code { byte, at: b * BLOCK_BYTES + j };
+                let Some(codes) = codes else { return Err(refuse) };
+                for (p, &code) in codes[..block / 64].iter().enumerate() {
+                    match trits.get_mut(b * block + 64 * p + j) {
+                        Some(t) => *t = code as i8 - 1,
+                        None if code == 1 => {}
+                        None => return Err(refuse),
                     }
                 }
             }
         }
         Ok(())
     }
+}
+
+/// The four codes of a byte of layout P2 (and a fifth place, unused).
+const fn p2_codes(byte: u8) -> Option<[u8; 5]> {
+    let codes = [byte & 3, byte >> 2 & 3, byte >> 4 & 3, byte >> 6, 1];
+    let none_is_3 = codes[0] < 3 && codes[1] < 3 && codes[2] < 3 && codes[3] < 3;
+    if none_is_3 { Some(codes) } else { None }
+}
+
+/// Five codes as one byte of layout P5.
+#[must_use]
+pub const fn p5_byte(codes: [u8; 5]) -> u8 {
+    let quad = codes[0] + 3 * codes[1] + 9 * codes[2] + 27 * codes[3];
+    if quad < 64 { codes[4] << 6 | quad } else { 0b11 << 6 | ((quad - 64) * 3 + codes[4]) }
+}
+
+/// The five codes of a byte of layout P5; `None` where no packing gives it.
+#[must_use]
+pub const fn p5_codes(byte: u8) -> Option<[u8; 5]> {
+    let (top, low) = (byte >> 6, byte & 63);
+    let (quad, last) = if top < 3 { (low, top) } else { (64 + low / 3, low % 3) };
+    if quad > 80 {
+        return None;
+    }
+    Some([quad % 3, quad / 3 % 3, quad / 9 % 3, quad / 27, last])
 }
 
 /// A packed matrix that cannot be made or read.
@@ -221,7 +253,7 @@ mod tests {
         #[test]
         fn unpack_undoes_pack(
             rows in 1usize..4,
-            cols in prop_oneof![1usize..700, Just(255), Just(256), Just(257)],
+            cols in prop_oneof![1usize..700, Just(255), Just(256), Just(257), Just(320)],
             seed in any::<u64>(),
         ) {
             let mut state = seed | 1;
@@ -249,6 +281,32 @@ mod tests {
     }
 
     #[test]
+    fn p5_gives_every_five_codes_a_byte_of_their_own() {
+        let mut seen = [false; 256];
+        for n in 0..243u8 {
+            let codes = [n % 3, n / 3 % 3, n / 9 % 3, n / 27 % 3, n / 81];
+            let byte = p5_byte(codes);
+            assert_eq!(p5_codes(byte), Some(codes));
+            assert!(!std::mem::replace(&mut seen[usize::from(byte)], true));
+        }
+        for byte in 0..=255u8 {
+            assert_eq!(p5_codes(byte).is_some(), seen[usize::from(byte)]);
+        }
+    }
+
+    #[test]
+    fn p5_puts_weight_64p_j_in_code_p_of_byte_j() {
+        let mut trits = vec![0i8; 320];
+        trits[64 * 4 + 5] = 1;
+        trits[64 * 3 + 7] = 1;
+        let m = TernaryMatrix::pack(Layout::P5, 1, 320, &trits, 1.0).unwrap();
+        assert_eq!(m.bytes[0], p5_byte([1; 5]));
+        assert_eq!(m.bytes[5], p5_byte([1, 1, 1, 1, 2]));
+        assert_eq!(m.bytes[7], p5_byte([1, 1, 1, 2, 1]));
+        assert_eq!(m.bytes.len(), 64);
+    }
+
+    #[test]
     fn refuses_what_is_not_ternary() {
         let size = TernaryMatrix::pack(Layout::P2, 2, 3, &[0; 5], 1.0).unwrap_err();
         assert!(size.to_string().contains("[2, 3]"));
@@ -257,5 +315,11 @@ mod tests {
         let mut m = TernaryMatrix::pack(Layout::P2, 1, 2, &[0, 1], 1.0).unwrap();
         m.bytes[9] = 0xff;
         assert_eq!(m.unpack().unwrap_err(), MatrixError::Code { byte: 0xff, at: 9 });
+        for layout in Layout::ALL {
+            let mut m = TernaryMatrix::pack(layout, 1, 2, &[0, 1], 1.0).unwrap();
+            // A padding weight that is not zero.
+            m.bytes[9] = TernaryMatrix::pack(layout, 1, 10, &[1; 10], 1.0).unwrap().bytes[9];
+            assert!(matches!(m.unpack(), Err(MatrixError::Code { at: 9, .. })));
+        }
     }
 }

@@ -74,6 +74,7 @@ fn packed(layout: Layout, len: usize) -> Vec<u8> {
     let mut bytes = noise(len);
     match layout {
         Layout::P2 => bytes.iter_mut().for_each(|b| *b &= !((*b >> 1) & 0x55)),
+        Layout::P5 => bytes.iter_mut().for_each(|b| *b = (*b).min(242)),
     }
     bytes
 }
@@ -141,12 +142,13 @@ fn split(threads: usize, rows: usize, job: impl Fn(usize, usize) + Sync) {
 
 /// One token: weights a second, beside reading as many packed bytes.
 fn gemv() {
-    println!("ternary product of one token, K = 2560 (Gweights/s)");
+    println!("ternary product of one token, K = 2560 (Gweights/s; share of reading as fast)");
     let kernels = Kernels::all();
-    for weights in [4_000_000, 96_000_000, 480_000_000] {
+    let sizes = [4_000_000, 96_000_000, 480_000_000];
+    for (weights, layout) in sizes.into_iter().flat_map(|w| Layout::ALL.map(|l| (w, l))) {
         let cols = 2560;
         let rows = weights / cols;
-        let bytes = packed(Layout::P2, rows * Layout::P2.row_bytes(cols));
+        let bytes = packed(layout, rows * layout.row_bytes(cols));
         let x = tokens(1, cols);
         // Small matrices are run several times, so that starting threads is no part.
         let repeat = (96_000_000 / weights).max(1);
@@ -156,16 +158,16 @@ fn gemv() {
                 "read".into(),
                 Box::new(|| {
                     split(threads, rows, |from, to| {
-                        let row = Layout::P2.row_bytes(cols);
+                        let row = layout.row_bytes(cols);
                         for _ in 0..repeat {
                             black_box(read(black_box(&bytes[from * row..to * row])));
                         }
                     });
                 }),
             ));
-            for &k in &kernels {
+            for &k in kernels.iter().filter(|k| weights < 90_000_000 || k.name() != "portable") {
                 let (bytes, x) = (&bytes, &x);
-                let w = TernaryRows { layout: Layout::P2, cols, weight_scale: 0.5, bytes };
+                let w = TernaryRows { layout, cols, weight_scale: 0.5, bytes };
                 runs.push((
                     k.name().into(),
                     Box::new(move || {
@@ -189,7 +191,12 @@ fn gemv() {
                     format!("{name} {rate:.1} ({:.0}%)", 100.0 * times[0] / t)
                 })
                 .collect();
-            println!("  {:>4}M, {threads} threads: {}", weights / 1_000_000, line.join(", "));
+            println!(
+                "  {:>4}M {}, {threads} threads: {}",
+                weights / 1_000_000,
+                layout.name(),
+                line.join(", ")
+            );
         }
     }
 }

@@ -218,7 +218,6 @@ implement!(Avx2 {
     type Part = [__m256i; 2];
     type Quad = [__m256i; 2];
     const PART_DOTS: usize = 64;
-    const QUAD_DOTS: usize = 16;
     const TILE_TOKENS: usize = 6;
 
     #[inline(always)]
@@ -253,6 +252,11 @@ implement!(Avx2 {
     }
 
     #[inline(always)]
+    fn quad_dot_one(self, quad: Self::Quad, codes: Self::Bytes, acts: Self::Bytes) -> Self::Quad {
+        self.dot(quad, codes, acts)
+    }
+
+    #[inline(always)]
     fn quad_sums(self, quad: Self::Quad) -> Self::Sums {
         self.part_sums(quad)
     }
@@ -262,7 +266,6 @@ implement!(AvxVnni {
     type Part = [__m256i; 2];
     type Quad = [__m256i; 2];
     const PART_DOTS: usize = usize::MAX;
-    const QUAD_DOTS: usize = usize::MAX;
     const TILE_TOKENS: usize = 6;
 
     #[inline(always)]
@@ -291,6 +294,11 @@ implement!(AvxVnni {
         let quad = self.dot(quad, self.plane(codes, 1), acts[1]);
         let quad = self.dot(quad, self.plane(codes, 2), acts[2]);
         self.dot(quad, self.plane(codes, 3), acts[3])
+    }
+
+    #[inline(always)]
+    fn quad_dot_one(self, quad: Self::Quad, codes: Self::Bytes, acts: Self::Bytes) -> Self::Quad {
+        self.dot(quad, codes, acts)
     }
 
     #[inline(always)]

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use crate::isa::isa_token;
-use crate::simd::{Simd, array};
+use crate::simd::{P5_CODES, Simd, array};
 
 isa_token! {
     /// AVX-512 with VNNI (Cascade Lake, Zen 4 and later).
@@ -29,7 +29,7 @@ macro_rules! op {
 }
 
 macro_rules! implement {
-    ($token:ident) => {
+    ($token:ident { $($own:tt)* }) => {
         impl Simd for $token {
             type Bytes = __m512i;
             type Part = __m512i;
@@ -39,10 +39,11 @@ macro_rules! implement {
             type Floats = __m512;
 
             const PART_DOTS: usize = usize::MAX;
-            const QUAD_DOTS: usize = usize::MAX;
             // 24 accumulators, 3 vectors of codes and a broadcast: 28 of 32.
             const WIDE: bool = true;
             const TILE_TOKENS: usize = 8;
+
+            $($own)*
 
             #[inline(always)]
             fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
@@ -124,6 +125,17 @@ macro_rules! implement {
                     let codes = op!(self, _mm512_and_si512(codes, mask));
                     self.dot(quad[p], codes, acts[p])
                 })
+            }
+
+            #[inline(always)]
+            fn quad_dot_one(
+                self,
+                mut quad: [__m512i; 4],
+                codes: __m512i,
+                acts: __m512i,
+            ) -> [__m512i; 4] {
+                quad[0] = self.dot(quad[0], codes, acts);
+                quad
             }
 
             #[inline(always)]
@@ -302,5 +314,38 @@ macro_rules! implement {
     };
 }
 
-implement!(Avx512Vnni);
-implement!(Avx512Vbmi);
+implement!(Avx512Vnni {});
+implement!(Avx512Vbmi {
+    #[inline(always)]
+    fn p5_codes(self, block: __m512i) -> (__m512i, __m512i) {
+        // `vpermb` looks at the low six bits of an index. Where the high two are
+        // 3, the low six count (first four, last) pairs, not first fours.
+        let pairs = op!(self, _mm512_cmpge_epu8_mask(block, _mm512_set1_epi8(0xc0u8 as i8)));
+        let four = op!(self, _mm512_permutexvar_epi8(block, self.load(&P5_FOUR)));
+        let four = op!(
+            self,
+            _mm512_mask_permutexvar_epi8(four, pairs, block, self.load(&P5_PAIR_FOUR))
+        );
+        let last = self.plane(block, 3);
+        let last = op!(
+            self,
+            _mm512_mask_permutexvar_epi8(last, pairs, block, self.load(&P5_PAIR_LAST))
+        );
+        (four, last)
+    }
+});
+
+/// Sixty-four neighbouring entries of [`P5_CODES`].
+const fn p5_table(from: usize, part: usize) -> [u8; 64] {
+    let mut table = [0u8; 64];
+    let mut i = 0;
+    while i < 64 {
+        table[i] = P5_CODES[from + i][part];
+        i += 1;
+    }
+    table
+}
+
+static P5_FOUR: [u8; 64] = p5_table(0, 0);
+static P5_PAIR_FOUR: [u8; 64] = p5_table(192, 0);
+static P5_PAIR_LAST: [u8; 64] = p5_table(192, 1);

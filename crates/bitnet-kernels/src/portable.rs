@@ -27,7 +27,6 @@ impl Simd for Portable {
     type Floats = [f32; 16];
 
     const PART_DOTS: usize = usize::MAX;
-    const QUAD_DOTS: usize = usize::MAX;
     const WIDE: bool = false;
     const TILE_TOKENS: usize = 2;
 
@@ -93,10 +92,15 @@ impl Simd for Portable {
     #[inline(always)]
     fn quad_dot(self, quad: [i32; 16], codes: [u8; 64], acts: [[u8; 64]; 4]) -> [i32; 16] {
         let mut quad = quad;
-        for p in 0..4 {
-            quad = self.dot(quad, self.plane(codes, p), acts[p]);
+        for (p, acts) in acts.into_iter().enumerate() {
+            quad = self.dot(quad, self.plane(codes, p), acts);
         }
         quad
+    }
+
+    #[inline(always)]
+    fn quad_dot_one(self, quad: [i32; 16], codes: [u8; 64], acts: [u8; 64]) -> [i32; 16] {
+        self.dot(quad, codes, acts)
     }
 
     #[inline(always)]

@@ -4,7 +4,7 @@
 use bitnet_core::Layout;
 
 use crate::mat::MatMut;
-use crate::simd::Simd;
+use crate::simd::{Simd, array};
 use crate::ternary::{TernaryRows, TokensRef};
 use crate::{panel, rows};
 
@@ -22,11 +22,8 @@ pub(crate) trait Codec: Copy {
     fn prepare<S: Simd>(isa: S, block: S::Bytes) -> Self::Prepared<S::Bytes>;
     /// The codes of one plane.
     fn plane<S: Simd>(isa: S, block: Self::Prepared<S::Bytes>, p: usize) -> S::Bytes;
-    /// The total of codes · activations of four rows and one token.
-    ///
-    /// # Shapes
-    /// Each row is `[blocks]`; `acts` is `[blocks · PLANES]`.
-    fn dot_rows<S: Simd>(isa: S, rows: [&[[u8; 64]]; 4], acts: &[[i8; 64]]) -> [i32; 4];
+    /// Adds the products of a block's codes and `acts`, `[PLANES]`.
+    fn add_block<S: Simd>(isa: S, quad: S::Quad, block: S::Bytes, acts: &[[i8; 64]]) -> S::Quad;
 }
 
 /// Layout P2: two bits a code.
@@ -48,8 +45,34 @@ impl Codec for P2 {
     }
 
     #[inline(always)]
-    fn dot_rows<S: Simd>(isa: S, rows: [&[[u8; 64]]; 4], acts: &[[i8; 64]]) -> [i32; 4] {
-        rows::dot_quads(isa, rows, acts)
+    fn add_block<S: Simd>(isa: S, quad: S::Quad, block: S::Bytes, acts: &[[i8; 64]]) -> S::Quad {
+        isa.quad_dot(quad, block, array!(4, p => isa.load_acts(&acts[p])))
+    }
+}
+
+/// Layout P5: five codes a byte, looked up as four in the form of P2 and one.
+#[derive(Clone, Copy)]
+pub(crate) struct P5;
+
+impl Codec for P5 {
+    const PLANES: usize = 5;
+    type Prepared<B: Copy> = (B, B);
+
+    #[inline(always)]
+    fn prepare<S: Simd>(isa: S, block: S::Bytes) -> (S::Bytes, S::Bytes) {
+        isa.p5_codes(block)
+    }
+
+    #[inline(always)]
+    fn plane<S: Simd>(isa: S, (four, last): (S::Bytes, S::Bytes), p: usize) -> S::Bytes {
+        if p < 4 { isa.plane(four, p) } else { last }
+    }
+
+    #[inline(always)]
+    fn add_block<S: Simd>(isa: S, quad: S::Quad, block: S::Bytes, acts: &[[i8; 64]]) -> S::Quad {
+        let (four, last) = isa.p5_codes(block);
+        let quad = isa.quad_dot(quad, four, array!(4, p => isa.load_acts(&acts[p])));
+        isa.quad_dot_one(quad, last, isa.load_acts(&acts[4]))
     }
 }
 
@@ -64,6 +87,7 @@ pub(crate) fn product<S: Simd, O: Copy>(
 ) {
     match w.layout {
         Layout::P2 => product_of::<S, P2, O>(isa, w, x, out, finish),
+        Layout::P5 => product_of::<S, P5, O>(isa, w, x, out, finish),
     }
 }
 

@@ -37,7 +37,7 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
             let mut sums = [[0; ROWS]; 4];
             let count = match x.len() - t {
                 1 => {
-                    sums[0] = C::dot_rows(isa, rows, token::<C>(&x, t, blocks));
+                    sums[0] = dot_one::<S, C>(isa, rows, token::<C>(&x, t, blocks));
                     1
                 }
                 4.. if S::WIDE => {
@@ -73,27 +73,23 @@ fn token<'a, C: Codec>(x: &TokensRef<'a>, t: usize, blocks: usize) -> &'a [[i8; 
     &x.token(t).as_chunks::<64>().0[..blocks * C::PLANES]
 }
 
-/// Totals of four rows of 2-bit codes and one token, without unpacking where the
-/// instruction set can do without.
+/// Totals of four rows and one token; codes are not unpacked where the instruction
+/// set can do without.
 #[inline(always)]
-pub(crate) fn dot_quads<S: Simd>(
-    isa: S,
-    rows: [&[[u8; 64]]; ROWS],
-    acts: &[[i8; 64]],
-) -> [i32; ROWS] {
-    let acts = acts.as_chunks::<4>().0;
-    let blocks = acts.len();
+fn dot_one<S: Simd, C: Codec>(isa: S, rows: [&[[u8; 64]]; ROWS], acts: &[[i8; 64]]) -> [i32; ROWS] {
+    let blocks = rows[0].len();
     let rows = array!(ROWS, r => &rows[r][..blocks]);
+    let acts = &acts[..blocks * C::PLANES];
     let mut sums = [isa.sums_zero(); ROWS];
     let mut start = 0;
     while start < blocks {
-        let end = blocks.min(start.saturating_add(S::QUAD_DOTS));
+        let end = blocks.min(start.saturating_add(S::PART_DOTS / C::PLANES));
         let mut quads = [isa.quad_zero(); ROWS];
         for b in start..end {
-            let acts = array!(4, p => isa.load_acts(&acts[b][p]));
+            let acts = &acts[b * C::PLANES..(b + 1) * C::PLANES];
             for r in 0..ROWS {
                 isa.prefetch(rows[r][b].as_ptr().wrapping_add(PREFETCH_BYTES));
-                quads[r] = isa.quad_dot(quads[r], isa.load(&rows[r][b]), acts);
+                quads[r] = C::add_block(isa, quads[r], isa.load(&rows[r][b]), acts);
             }
         }
         for r in 0..ROWS {

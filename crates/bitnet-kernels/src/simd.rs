@@ -5,6 +5,7 @@
 //! four of NEON): a block of a packed row, 64 codes or activations, sixteen i32
 //! sums or sixteen f32 lanes.
 
+use bitnet_core::matrix::p5_codes;
 use half::{bf16, f16};
 
 /// An array of `$n` elements, element `$i` being `$value`. A loop instead of
@@ -37,10 +38,9 @@ pub(crate) trait Simd: Copy {
     /// Sixteen f32 lanes.
     type Floats: Copy;
 
-    /// How many [`Simd::dot`] a [`Simd::Part`] holds.
+    /// How many [`Simd::dot`] a [`Simd::Part`] holds, and how many planes of
+    /// products a [`Simd::Quad`].
     const PART_DOTS: usize;
-    /// How many [`Simd::quad_dot`] a [`Simd::Quad`] holds.
-    const QUAD_DOTS: usize;
     /// Whether 32 vectors fit the registers; otherwise 8 do.
     const WIDE: bool;
     /// Tokens in a tile of the panel product.
@@ -75,6 +75,8 @@ pub(crate) trait Simd: Copy {
     fn quad_zero(self) -> Self::Quad;
     /// Adds the products of the four planes of `codes` with `acts[0..4]`.
     fn quad_dot(self, quad: Self::Quad, codes: Self::Bytes, acts: [Self::Bytes; 4]) -> Self::Quad;
+    /// Adds the products of one plane of codes.
+    fn quad_dot_one(self, quad: Self::Quad, codes: Self::Bytes, acts: Self::Bytes) -> Self::Quad;
     /// The sums of a quad, spread over sixteen lanes in any way.
     fn quad_sums(self, quad: Self::Quad) -> Self::Sums;
 
@@ -108,6 +110,19 @@ pub(crate) trait Simd: Copy {
     /// [`bitnet_core::ternary::lane_sum`].
     fn lane_sum(self, v: Self::Floats) -> f32;
 
+    /// The codes of a block of layout P5: the first four of each byte as layout P2
+    /// holds them, and the last. Here with a table of all bytes.
+    #[inline(always)]
+    fn p5_codes(self, block: Self::Bytes) -> (Self::Bytes, Self::Bytes) {
+        let bytes = self.bytes(block);
+        let (mut four, mut last) = ([0u8; 64], [0u8; 64]);
+        for j in 0..64 {
+            let entry = P5_CODES[usize::from(bytes[j])];
+            [four[j], last[j]] = entry;
+        }
+        (self.load(&four), self.load(&last))
+    }
+
     /// Transposes sixteen rows of sixteen 4-byte words.
     #[inline(always)]
     fn transpose_words(self, rows: [&[u8; 64]; 16]) -> [[u8; 64]; 16] {
@@ -120,6 +135,21 @@ pub(crate) trait Simd: Copy {
         out
     }
 }
+
+/// For each byte of layout P5 its first four codes, two bits each, and its last.
+pub(crate) const P5_CODES: [[u8; 2]; 256] = {
+    let mut table = [[0u8; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        // A byte that no packing gives never comes from a checked file; it must
+        // only stay within the codes' range.
+        if let Some([a, b, c, d, last]) = p5_codes(byte as u8) {
+            table[byte] = [a | b << 2 | c << 4 | d << 6, last];
+        }
+        byte += 1;
+    }
+    table
+};
 
 /// A stored float; its value as f32 is exact.
 pub(crate) trait Element: Copy + Default {
