@@ -65,7 +65,10 @@ pub fn to_toml(config: &TrainConfig) -> Result<String, TrainError> {
 /// them: they do not change what is computed.
 #[must_use]
 pub fn changes(saved: &str, config: &TrainConfig) -> Vec<String> {
-    let (Ok(saved), Ok(new)) = (toml::from_str::<Table>(saved), Table::try_from(config)) else {
+    // Both by way of their text: a value of f32 is another one as an f64.
+    let new = to_toml(config).unwrap_or_default();
+    let (Ok(saved), Ok(new)) = (toml::from_str::<Table>(saved), toml::from_str::<Table>(&new))
+    else {
         return vec!["the saved config is unreadable".to_owned()];
     };
     let (mut old_keys, mut new_keys) = (BTreeMap::new(), BTreeMap::new());

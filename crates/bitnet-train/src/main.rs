@@ -19,7 +19,7 @@ use clap::Parser;
 /// Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 bad input file,
 /// 130 interrupted.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_override_self = true)]
 struct Args {
     /// The config: a path, or the name of a file in a `configs` folder. With
     /// --resume and --run it may be left out: the run's own config is taken.
