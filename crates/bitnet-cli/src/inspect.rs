@@ -13,6 +13,7 @@ use bitnet_format::hf::Checkpoint;
 use bitnet_format::json::write_json;
 use serde::Serialize;
 
+use crate::generate::show;
 use crate::table::{Table, bytes, thousands};
 
 /// Show what a model file or a checkpoint folder holds
@@ -52,7 +53,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         gguf(&args.model, args.verify)?
     };
     if args.json.as_deref() != Some("-") {
-        print!("{}", report.render(args.tensors));
+        show(&report.render(args.tensors))?;
     }
     match &args.json {
         Some(dest) => Ok(write_json(dest, &report)?),

@@ -364,6 +364,21 @@ fn bad_usage_and_bad_files_are_told_apart() {
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
 }
 
+#[cfg(unix)]
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let s = Setup::tiny();
+    let program = env!("CARGO_BIN_EXE_bitnet");
+    for rest in ["inspect \"$1\" --tensors", "generate \"$1\" abc -n 100 --temperature 0"] {
+        // The reader ends before anything is written.
+        let line = format!("{{ sleep 0.2; \"$0\" {rest}; echo \"code $?\" >&2; }} | true");
+        let output =
+            Command::new("sh").args(["-c", &line, program]).arg(&s.model).output().unwrap();
+        let message = text(&output.stderr);
+        assert!(message.contains("code 0") && !message.contains("panicked"), "{message}");
+    }
+}
+
 #[test]
 fn help_shows_examples() {
     for command in ["quickstart", "generate", "chat", "inspect"] {

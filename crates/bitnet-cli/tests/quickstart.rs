@@ -138,7 +138,7 @@ fn runs_every_stage_once_and_sums_up() {
                 "bitnet-train --config configs/quickstart.toml --data {dir}/data --run {dir}/run --json {dir}/train.json"
             ),
             format!(
-                "bitnet-export {dir}/run/checkpoints/00000010 -o {dir}/model.gguf --json {dir}/export.json"
+                "bitnet-export {dir}/run/checkpoints/00000010 -o {dir}/model.gguf --name quickstart --json {dir}/export.json"
             ),
             format!(
                 "bitnet-eval perplexity {dir}/model.gguf --data {dir}/data --split val --context 64 --windows 7 --json {dir}/perplexity.json"
@@ -171,7 +171,7 @@ fn runs_every_stage_once_and_sums_up() {
     assert!(summary["decode_tokens_per_second"].as_f64().unwrap() > 0.0);
     assert!(summary["seconds"].as_f64().unwrap() > 0.0);
     assert_eq!(summary["stage_seconds"].as_object().unwrap().len(), 5);
-    assert!(summary["sample"].as_str().unwrap().starts_with("/// Returns the "));
+    assert!(summary["sample"].as_str().unwrap().starts_with("/// Returns the"));
 }
 
 #[test]

@@ -5,7 +5,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -169,7 +169,9 @@ impl RunArgs {
     /// replaces the table.
     fn print(&self, table: &str, result: &impl Serialize) -> anyhow::Result<()> {
         if self.json.as_deref() != Some("-") {
-            print!("{table}");
+            // Not `print!`: it panics where the reader has gone away.
+            let mut out = std::io::stdout().lock();
+            out.write_all(table.as_bytes()).and_then(|()| out.flush()).context("stdout")?;
         }
         match &self.json {
             Some(dest) => write_json(dest, result).context("cannot write the result"),

@@ -18,7 +18,7 @@ pub enum TokenSource {
         text: bool,
     },
     /// All shards of one split, as one sequence.
-    Shards(Dataset),
+    Shards(Box<Dataset>),
 }
 
 impl TokenSource {
@@ -84,7 +84,7 @@ pub fn open_shards(
     if found != expected {
         return Err(EvalError::Tokenizer { data: folder.into(), expected, found });
     }
-    Ok(TokenSource::Shards(shards))
+    Ok(TokenSource::Shards(Box::new(shards)))
 }
 
 /// Reads a text file; returns it with its hash.

@@ -49,7 +49,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
     /// Text that the sample goes on from
-    #[arg(long, value_name = "TEXT", default_value = "/// Returns the ")]
+    #[arg(long, value_name = "TEXT", default_value = "/// Returns the")]
     prompt: String,
     /// Run every stage again, from the beginning
     #[arg(long)]
@@ -249,7 +249,7 @@ fn export(paths: &Paths, checkpoint: &Path) -> Stage {
         name: "export",
         title: "quantise, pack and verify",
         program: "bitnet-export",
-        args: os([&checkpoint, &"-o", &paths.model]),
+        args: os([&checkpoint, &"-o", &paths.model, &"--name", &"quickstart"]),
         inputs: vec![],
         outputs: vec![paths.model.clone()],
     }

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::Paths;
+use crate::generate::show;
 use crate::table::{Table, bytes, thousands};
 
 /// The JSON files that the stages wrote.
@@ -118,7 +119,7 @@ impl Summary {
         if json == Some("-") {
             eprint!("\n{text}");
         } else {
-            print!("\n{text}");
+            show(&format!("\n{text}"))?;
         }
         match json {
             Some(dest) => write_json(dest, self).context("cannot write the summary"),
