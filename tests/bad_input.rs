@@ -194,7 +194,7 @@ fn training() {
     let usage: [(&str, &[&str], &[&str]); 7] = [
         ("unknown key", &["model.hiden_size=64"], &["hiden_size"]),
         ("wrong type", &["batch.tokens=\"many\""], &["tokens"]),
-        ("value out of range", &["schedule.steps=0"], &["steps"]),
+        ("value out of range", &["schedule.stage2_at=2.0"], &["stage2_at", "2"]),
         (
             "heads that do not divide",
             &["model.num_key_value_heads=3"],
@@ -294,10 +294,10 @@ fn no_space_left_loses_nothing() {
     );
     export.absent = Some(out);
     let run = train(&trained().data, &mount.join("run"), 2);
-    let result = std::panic::catch_unwind(|| {
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         export.check();
         case("a checkpoint on a full disk", run, 1, &["run"]).check();
-    });
+    }));
     let left: Vec<_> = fs::read_dir(&mount).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert!(Command::new("umount").arg(&mount).status().unwrap().success());
     result.unwrap();

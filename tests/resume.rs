@@ -114,8 +114,8 @@ fn a_model_that_cannot_be_trained_stops_with_the_step() {
     let (data, run) = (folder.path().join("data"), folder.path().join("run"));
     prepare(&data);
     let mut command = train(&data, &run, 60);
-    // A learning rate and an epsilon at which the weights overflow.
-    for setting in ["schedule.lr=1e38", "schedule.lr_stage2=1e38", "schedule.warmup_steps=0"] {
+    // A decay at which the weights grow eightyfold with every step.
+    for setting in ["schedule.lr=9.0", "schedule.weight_decay=9.0", "schedule.warmup_steps=0"] {
         command.args(["--set", setting]);
     }
     let output = command.output().unwrap();

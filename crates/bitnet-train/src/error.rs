@@ -138,8 +138,8 @@ impl TrainError {
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
-            Self::NoConfig { .. } => Exit::BadInput,
-            Self::Config { .. }
+            Self::NoConfig { .. }
+            | Self::Config { .. }
             | Self::Override { .. }
             | Self::Value { .. }
             | Self::Model(_)

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use bitnet_core::{Exit, ExitError, exit};
 use bitnet_format::json::write_json;
+use bitnet_kernels::Kernels;
 use bitnet_train::device::DeviceChoice;
 use bitnet_train::{RunOptions, Stop, Summary, TrainConfig, TrainError, config_file};
 use clap::Parser;
@@ -79,6 +80,8 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<(), ExitError> {
+    // The fused operations take the instruction set from the environment.
+    Kernels::from_env().map_err(ExitError::usage)?;
     let config = config(args).map_err(coded)?;
     if let Some(threads) = args.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());

@@ -61,8 +61,11 @@ fn every_mistake_has_its_exit_code_and_message() {
         command
     };
     let output = program().args(["--config", "none.toml"]).output().unwrap();
-    assert_eq!(output.status.code(), Some(3));
+    assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).starts_with("error: config none.toml: no such file"));
+    let output = program().args(["--config", "x"]).env("BITNET_ISA", "mmx").output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("mmx"), "{}", stderr(&output));
     let output = program().output().unwrap();
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
 }

@@ -223,7 +223,9 @@ fn load<const D: usize, E>(
 ) -> Result<Param<Tensor<D>>, E> {
     let (shape, device) = (param.val().dims(), param.val().device());
     let data = get(name, &shape)?;
-    Ok(param.map(|_| Tensor::from_data(TensorData::new(data, shape), &device).require_grad()))
+    let tensor = Tensor::from_data(TensorData::new(data, shape), &device);
+    // Only a device with autodiff knows of gradients.
+    Ok(param.map(|_| if device.is_autodiff() { tensor.require_grad() } else { tensor }))
 }
 
 #[cfg(test)]
@@ -251,14 +253,16 @@ mod tests {
         let config = ModelConfig::tiny();
         let device = Device::flex().autodiff();
         let saved = Transformer::new(&config, 1, &device).named_tensors();
-        let other = Transformer::new(&config, 2, &device);
-        assert_ne!(other.named_tensors(), saved);
-        let loaded = other
-            .load_tensors::<()>(&mut |name, _| {
-                Ok(saved.iter().find(|t| t.name == name).ok_or(())?.data.clone())
-            })
-            .unwrap();
-        assert_eq!(loaded.named_tensors(), saved);
+        for device in [device.clone(), Device::flex()] {
+            let other = Transformer::new(&config, 2, &device);
+            assert_ne!(other.named_tensors(), saved);
+            let loaded = other
+                .load_tensors::<()>(&mut |name, _| {
+                    Ok(saved.iter().find(|t| t.name == name).ok_or(())?.data.clone())
+                })
+                .unwrap();
+            assert_eq!(loaded.named_tensors(), saved);
+        }
     }
 
     #[test]
