@@ -27,7 +27,7 @@ fn transformer(model: &Trained, device: &Device) -> (ModelConfig, Transformer) {
     let checkpoint = hf::Checkpoint::open(&model.checkpoint).unwrap();
     let config = checkpoint.config().clone();
     let fresh = Transformer::new(&config, 0, device);
-    let loaded = fresh.load_tensors(&mut |name, _| checkpoint.read(name)).unwrap();
+    let loaded = fresh.load_tensors(|name, _| checkpoint.read(name)).unwrap();
     (config, loaded)
 }
 

@@ -15,6 +15,9 @@ use bitnet_kernels::{
 };
 use half::f16;
 
+/// A name and what is timed under it.
+type Run<'a> = (String, Box<dyn FnMut() + 'a>);
+
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let wanted = |name: &str| {
@@ -33,7 +36,7 @@ fn main() {
 }
 
 /// The median (or best) time of each of some runs, taken in turns for `budget`.
-fn medians(budget: Duration, runs: &mut [(String, Box<dyn FnMut() + '_>)]) -> Vec<f64> {
+fn medians(budget: Duration, runs: &mut [Run<'_>]) -> Vec<f64> {
     let best = std::env::args().any(|arg| arg == "--best");
     let mut times = vec![Vec::new(); runs.len()];
     runs.iter_mut().for_each(|(_, run)| run());
@@ -153,7 +156,7 @@ fn gemv() {
         // Small matrices are run several times, so that starting threads is no part.
         let repeat = (96_000_000 / weights).max(1);
         for threads in [1, 2] {
-            let mut runs: Vec<(String, Box<dyn FnMut() + '_>)> = Vec::new();
+            let mut runs: Vec<Run<'_>> = Vec::new();
             runs.push((
                 "read".into(),
                 Box::new(|| {
@@ -240,7 +243,7 @@ fn gemm() {
         let bytes = packed(Layout::P2, rows * Layout::P2.row_bytes(cols));
         let x = tokens(count, cols);
         let mut peak_macs = 0.0;
-        let mut runs: Vec<(String, Box<dyn FnMut() + '_>)> = Vec::new();
+        let mut runs: Vec<Run<'_>> = Vec::new();
         runs.push((
             "peak".into(),
             Box::new(|| {
@@ -292,7 +295,7 @@ fn float() {
     let line = |name: &str, elements: usize, run: &mut dyn FnMut(Kernels)| {
         let mut cells = Vec::new();
         for &k in &kernels {
-            let mut runs: Vec<(String, Box<dyn FnMut() + '_>)> =
+            let mut runs: Vec<Run<'_>> =
                 vec![(String::new(), Box::new(|| (0..20).for_each(|_| run(k))))];
             let t = medians(Duration::from_millis(200), &mut runs)[0];
             cells.push(format!("{} {:.2}", k.name(), (20 * elements) as f64 / t * 1e-9));

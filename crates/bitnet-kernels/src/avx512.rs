@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use crate::isa::isa_token;
-use crate::simd::{P5_CODES, Simd, array};
+use crate::simd::{P5_FOUR, P5_PAIR_FOUR, P5_PAIR_LAST, Simd, array};
 
 isa_token! {
     /// AVX-512 with VNNI (Cascade Lake, Zen 4 and later).
@@ -334,18 +334,3 @@ implement!(Avx512Vbmi {
         (four, last)
     }
 });
-
-/// Sixty-four neighbouring entries of [`P5_CODES`].
-const fn p5_table(from: usize, part: usize) -> [u8; 64] {
-    let mut table = [0u8; 64];
-    let mut i = 0;
-    while i < 64 {
-        table[i] = P5_CODES[from + i][part];
-        i += 1;
-    }
-    table
-}
-
-static P5_FOUR: [u8; 64] = p5_table(0, 0);
-static P5_PAIR_FOUR: [u8; 64] = p5_table(192, 0);
-static P5_PAIR_LAST: [u8; 64] = p5_table(192, 1);

@@ -1,6 +1,8 @@
 //! The choice of instruction set: one table of what there is, and the value that
 //! proves one of them present.
 
+#[cfg(target_arch = "aarch64")]
+use crate::neon::{Neon, NeonDotprod};
 use crate::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use crate::{
@@ -8,9 +10,14 @@ use crate::{
     avx512::{Avx512Vbmi, Avx512Vnni},
 };
 
-/// Defines the token of an instruction set of x86-64 from one row, so that what
-/// is detected and what is compiled for cannot drift apart.
+#[cfg(target_arch = "aarch64")]
+pub(crate) use std::arch::is_aarch64_feature_detected as is_detected;
 #[cfg(target_arch = "x86_64")]
+pub(crate) use std::arch::is_x86_feature_detected as is_detected;
+
+/// Defines the token of an instruction set from one row, so that what
+/// is detected and what is compiled for cannot drift apart.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! isa_token {
     ($(#[$doc:meta])* $token:ident = $name:literal: [$($feature:tt),*]) => {
         $(#[$doc])*
@@ -23,7 +30,7 @@ macro_rules! isa_token {
 
             /// The token, where the machine has every feature.
             pub(crate) fn new() -> Option<Self> {
-                (true $(&& std::arch::is_x86_feature_detected!($feature))*).then_some(Self(()))
+                (true $(&& $crate::isa::is_detected!($feature))*).then_some(Self(()))
             }
 
             /// Runs `f` compiled with the features.
@@ -40,7 +47,7 @@ macro_rules! isa_token {
         }
     };
 }
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) use isa_token;
 
 /// Makes the enum of instruction sets and `dispatch!` from the table, whose rows
@@ -93,6 +100,10 @@ isa_table! { $;
     AvxVnni,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    NeonDotprod,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Portable,
 }
 

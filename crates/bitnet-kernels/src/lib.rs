@@ -27,6 +27,8 @@ mod float;
 mod gemm;
 mod isa;
 mod mat;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod panel;
 mod portable;
 mod product;

@@ -151,6 +151,24 @@ pub(crate) const P5_CODES: [[u8; 2]; 256] = {
     table
 };
 
+/// Sixty-four neighbouring entries of [`P5_CODES`].
+const fn p5_table(from: usize, part: usize) -> [u8; 64] {
+    let mut table = [0u8; 64];
+    let mut i = 0;
+    while i < 64 {
+        table[i] = P5_CODES[from + i][part];
+        i += 1;
+    }
+    table
+}
+
+/// By the low six bits of a byte: its first four codes, where it is no pair.
+pub(crate) static P5_FOUR: [u8; 64] = p5_table(0, 0);
+/// The same where the high two bits are 3.
+pub(crate) static P5_PAIR_FOUR: [u8; 64] = p5_table(192, 0);
+/// The last code where the high two bits are 3.
+pub(crate) static P5_PAIR_LAST: [u8; 64] = p5_table(192, 1);
+
 /// A stored float; its value as f32 is exact.
 pub(crate) trait Element: Copy + Default {
     /// The value.

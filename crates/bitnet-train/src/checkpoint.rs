@@ -234,7 +234,7 @@ pub fn load(
         return Err(TrainError::checkpoint(&path, difference(files.config(), config)));
     }
     let step = load_state(checkpoint)?.step;
-    let model = model.load_tensors(&mut |name, _| files.read(name))?;
+    let model = model.load_tensors(|name, _| files.read(name))?;
     let file = TensorFile::open(checkpoint.join(OPTIMIZER))?;
     optimizer.load(step, |name, length| {
         let values = file.read(name)?;
