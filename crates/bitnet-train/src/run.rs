@@ -1,7 +1,7 @@
 //! A training run, from the config to the last checkpoint.
 //!
 //! The loop is [`run`]: evaluate → sample → save → step → log, for each step.
-//! What one of these does is a method of [`Trainer`].
+//! What one of these does is a method of `Trainer`.
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
