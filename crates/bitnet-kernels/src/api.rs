@@ -6,6 +6,7 @@ use bitnet_core::ternary::{self, dequantize};
 use crate::attention::{self, KvElement, KvSlice, Query};
 use crate::dense::{self, DenseRows};
 use crate::float;
+use crate::int8_rows::{self, INT8_MAX_COLS, Int8Rows};
 use crate::isa::{Kernels, dispatch};
 use crate::mat::MatMut;
 use crate::product;
@@ -138,6 +139,21 @@ impl Kernels {
             }
             _ => unreachable!("keys and values are of one type"),
         }
+    }
+
+    /// Exact sums of int8 rows and int8 vectors:
+    /// `out[t, n] = Σ_k w[n, k] · q[t, k]`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit: `out` is `[tokens, rows]`, the columns at most
+    /// [`INT8_MAX_COLS`], and the vectors are zero behind them.
+    pub fn int8_sums(self, w: Int8Rows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
+        assert_eq!((out.rows(), out.cols()), (x.len(), w.len()), "[tokens, rows]");
+        assert!(w.cols <= INT8_MAX_COLS, "{} columns", w.cols);
+        assert_eq!(w.bytes.len(), w.len() * Int8Rows::stride(w.cols), "whole int8 rows");
+        assert!(x.stride >= Int8Rows::stride(w.cols), "vectors are padded to whole blocks");
+        assert!(x.q.len() >= x.len() * x.stride && x.sums.len() >= x.len(), "vectors");
+        dispatch!(self, isa => int8_rows::product(isa, w, x, out));
     }
 
     /// Dense rows times a float vector: `out[n] = rows[n] · x`.
