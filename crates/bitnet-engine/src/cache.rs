@@ -1,4 +1,4 @@
-//! The key and value cache of a session: what attention reads.
+//! The key and value caches of sequences: what attention reads.
 
 use bitnet_core::ModelConfig;
 use bitnet_kernels::{Kernels, KvElement, key_blocks_len, store_key};
@@ -97,14 +97,21 @@ struct LayerCache<E> {
     values: Vec<E>,
 }
 
-/// One attention: queries `[T, H·C]` against a layer of the cache.
+/// Where a token of a pass stands: in which cache, and at which position.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place {
+    pub(crate) cache: usize,
+    pub(crate) position: usize,
+}
+
+/// One attention: each token's queries against a layer of its own cache.
 pub(crate) struct Attention<'a> {
     pub(crate) kernels: Kernels,
     pub(crate) split: Split,
     pub(crate) heads: Heads,
     pub(crate) layer: usize,
-    /// Position of the first token.
-    pub(crate) start: usize,
+    /// `[T]`; the tokens of one cache are neighbours.
+    pub(crate) places: &'a [Place],
     /// `[T, H·C]`, rotated.
     pub(crate) q: &'a [f32],
     /// `[T, K·C]`, rotated.
@@ -115,6 +122,54 @@ pub(crate) struct Attention<'a> {
     pub(crate) scores: &'a mut [f32],
     /// `[T, H·C]`.
     pub(crate) out: &'a mut [f32],
+}
+
+impl Attention<'_> {
+    /// Stores the keys and values of the new tokens, then attends to all: one
+    /// region for the queries of all caches.
+    pub(crate) fn run(self, caches: &mut [KvCache]) {
+        let mut first = 0;
+        for places in self.places.chunk_by(|a, b| a.cache == b.cache) {
+            caches[places[0].cache].store(&self, first, places);
+            first += places.len();
+        }
+        let Heads { queries, key_values, dim, .. } = self.heads;
+        let (kernels, heads, layer, places) = (self.kernels, self.heads, self.layer, self.places);
+        let (caches, group) = (&*caches, queries / key_values);
+        let attend =
+            |first: usize,
+             (q, scores, out): (Rows<'_, f32>, Scratch<'_, f32>, RowsMut<'_, f32>)| {
+                let scores = scores.0;
+                for (i, (q, out)) in q.iter().zip(out.iter()).enumerate() {
+                    let (place, head) =
+                        (places[(first + i) / queries], (first + i) % queries / group);
+                    let query = Query { kernels, heads, head, len: place.position + 1, q };
+                    match &caches[place.cache] {
+                        KvCache::F32(layers) => layers.0[layer].attend(query, scores, out),
+                        KvCache::F16(layers) => layers.0[layer].attend(query, scores, out),
+                    }
+                }
+            };
+        // Every query reads a key and a value of all positions so far.
+        let positions: usize = places.iter().map(|p| p.position + 1).sum();
+        let bytes = positions * queries * dim * 2 * caches[0].element_bytes();
+        let item = (
+            Rows(self.q, dim),
+            Scratch(self.scores, self.heads.scores_len()),
+            RowsMut(self.out, dim),
+        );
+        self.split.rows(bytes, places.len() * queries, item, &attend);
+    }
+}
+
+/// One head's query `[C]` over the first `len` positions of its cache.
+struct Query<'a> {
+    kernels: Kernels,
+    heads: Heads,
+    /// The key and value head.
+    head: usize,
+    len: usize,
+    q: &'a [f32],
 }
 
 impl KvCache {
@@ -137,11 +192,18 @@ impl KvCache {
         }
     }
 
-    /// Stores the keys and values of the new tokens, then attends to all.
-    pub(crate) fn attend(&mut self, attention: Attention<'_>) {
+    fn element_bytes(&self) -> usize {
         match self {
-            Self::F32(layers) => layers.0[attention.layer].attend(attention),
-            Self::F16(layers) => layers.0[attention.layer].attend(attention),
+            Self::F32(_) => 4,
+            Self::F16(_) => 2,
+        }
+    }
+
+    /// Stores the keys and values of the tokens from `first` on at their places.
+    fn store(&mut self, attention: &Attention<'_>, first: usize, places: &[Place]) {
+        match self {
+            Self::F32(layers) => layers.0[attention.layer].store(attention, first, places),
+            Self::F16(layers) => layers.0[attention.layer].store(attention, first, places),
         }
     }
 }
@@ -164,49 +226,34 @@ impl<E: KvElement> Layers<E> {
 }
 
 impl<E: KvElement> LayerCache<E> {
-    fn attend(&mut self, a: Attention<'_>) {
-        self.store(&a);
-        let Heads { queries, key_values, dim, .. } = a.heads;
-        let tokens = a.q.len() / (queries * dim);
-        let group = queries / key_values;
-        let scale = 1.0 / (dim as f32).sqrt();
-        let (keys_len, values_len) = (a.heads.keys_len(), a.heads.values_len());
-        let (kernels, start, this) = (a.kernels, a.start, &*self);
-        let attend =
-            |first: usize,
-             (q, scores, out): (Rows<'_, f32>, Scratch<'_, f32>, RowsMut<'_, f32>)| {
-                let scores = scores.0;
-                for (i, (q, out)) in q.iter().zip(out.iter()).enumerate() {
-                    let (token, head) = ((first + i) / queries, (first + i) % queries / group);
-                    let keys = &this.keys[head * keys_len..][..keys_len];
-                    let values = &this.values[head * values_len..][..values_len];
-                    kernels.attend(q, keys, values, start + token + 1, scale, scores, out);
-                }
-            };
-        // Every query reads a key and a value of all positions so far.
-        let bytes = tokens * queries * (start + tokens) * dim * 2 * size_of::<E>();
-        let item = (Rows(a.q, dim), Scratch(a.scores, a.heads.scores_len()), RowsMut(a.out, dim));
-        a.split.rows(bytes, tokens * queries, item, &attend);
+    fn attend(&self, query: Query<'_>, scores: &mut [f32], out: &mut [f32]) {
+        let Query { kernels, heads, head, len, q } = query;
+        let (keys_len, values_len) = (heads.keys_len(), heads.values_len());
+        let keys = &self.keys[head * keys_len..][..keys_len];
+        let values = &self.values[head * values_len..][..values_len];
+        kernels.attend(q, keys, values, len, 1.0 / (heads.dim as f32).sqrt(), scores, out);
     }
 
-    fn store(&mut self, a: &Attention<'_>) {
+    fn store(&mut self, a: &Attention<'_>, first: usize, places: &[Place]) {
         let Heads { key_values, dim, .. } = a.heads;
         let (keys_len, values_len) = (a.heads.keys_len(), a.heads.values_len());
+        let width = key_values * dim;
+        let tokens = first * width..(first + places.len()) * width;
+        let (k, v) = (&a.k[tokens.clone()], &a.v[tokens]);
         let store = |first: usize, (keys, values): (RowsMut<'_, E>, RowsMut<'_, E>)| {
             for (i, (keys, values)) in keys.iter().zip(values.iter()).enumerate() {
                 let at = (first + i) * dim;
-                let tokens =
-                    a.k.chunks_exact(key_values * dim).zip(a.v.chunks_exact(key_values * dim));
-                for (t, (k, v)) in tokens.enumerate() {
-                    store_key(keys, a.start + t, &k[at..at + dim]);
-                    let value = &mut values[(a.start + t) * dim..][..dim];
+                let tokens = k.chunks_exact(width).zip(v.chunks_exact(width)).zip(places);
+                for ((k, v), place) in tokens {
+                    store_key(keys, place.position, &k[at..at + dim]);
+                    let value = &mut values[place.position * dim..][..dim];
                     for (stored, &v) in value.iter_mut().zip(&v[at..at + dim]) {
                         *stored = E::from_f32(v);
                     }
                 }
             }
         };
-        let bytes = (a.k.len() + a.v.len()) * 4;
+        let bytes = (k.len() + v.len()) * 4;
         let item =
             (RowsMut(&mut self.keys[..], keys_len), RowsMut(&mut self.values[..], values_len));
         a.split.rows(bytes, key_values, item, &store);

@@ -49,6 +49,12 @@ pub enum EngineError {
     /// A token outside the vocabulary.
     #[error("token {token} at position {position} is outside the vocabulary of {vocab_size}")]
     Token { token: u32, position: usize, vocab_size: usize },
+    /// A sequence that a batch does not have.
+    #[error("sequence {sequence}: the batch has {sequences}, counted from 0")]
+    Sequence { sequence: usize, sequences: usize },
+    /// A sequence that is given two tokens in one step.
+    #[error("sequence {sequence} is given two tokens in one step of a batch")]
+    Repeated { sequence: usize },
     /// Logits that cannot be sampled from.
     #[error("the logit of token {token} is {value}: the model's output cannot be sampled")]
     Logit { token: usize, value: f32 },
@@ -74,7 +80,12 @@ impl EngineError {
             | Self::Tensor { .. }
             | Self::Tokenizer { .. }
             | Self::Token { .. } => Exit::BadInput,
-            Self::Isa(_) | Self::Option { .. } | Self::Context { .. } | Self::Empty => Exit::Usage,
+            Self::Isa(_)
+            | Self::Option { .. }
+            | Self::Context { .. }
+            | Self::Empty
+            | Self::Sequence { .. }
+            | Self::Repeated { .. } => Exit::Usage,
             Self::Logit { .. } | Self::Encode { .. } | Self::Threads { .. } => Exit::Failed,
         }
     }

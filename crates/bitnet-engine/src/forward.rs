@@ -6,7 +6,7 @@ use bitnet_core::rope;
 use bitnet_core::{Activation, ModelConfig, WeightQuantizer};
 use bitnet_kernels::{Kernels, MatMut, QuantizedTokens, TokensRef};
 
-use crate::cache::{Attention, Heads, KvCache};
+use crate::cache::{Attention, Heads, KvCache, Place};
 use crate::model::{Inner, Layer, LinearRef};
 use crate::parallel::{Divide, Rows, RowsMut, Split, divide};
 
@@ -112,7 +112,7 @@ impl Buffers {
     }
 }
 
-/// A pass over `tokens` at position `start`, all checked.
+/// A pass over `tokens` at their `places`, all checked.
 pub(crate) struct Pass<'a> {
     pub(crate) model: &'a Inner,
     pub(crate) kernels: Kernels,
@@ -121,7 +121,7 @@ pub(crate) struct Pass<'a> {
     /// Elements of all score buffers together.
     pub(crate) scores: usize,
     pub(crate) frequencies: &'a [f32],
-    pub(crate) start: usize,
+    pub(crate) places: &'a [Place],
     pub(crate) tokens: &'a [u32],
 }
 
@@ -130,7 +130,7 @@ impl Pass<'_> {
     /// `normed` asks for it.
     pub(crate) fn run(
         &self,
-        cache: &mut KvCache,
+        caches: &mut [KvCache],
         b: &mut Buffers,
         normed: bool,
         mut hook: Option<Hook<'_>>,
@@ -140,7 +140,7 @@ impl Pass<'_> {
         self.embed(b);
         trace(&mut hook, || TracePoint::Embedding { x: &b.x });
         for (i, layer) in weights.layers.iter().enumerate() {
-            self.attention(i, layer, cache, b, &mut hook);
+            self.attention(i, layer, caches, b, &mut hook);
             self.feed_forward(i, layer, b, &mut hook);
             trace(&mut hook, || TracePoint::Block { layer: i, x: &b.x });
         }
@@ -159,7 +159,7 @@ impl Pass<'_> {
         let rows = b.x.chunks_exact_mut(config.hidden_size).zip(cos).zip(sin);
         for (t, ((x, cos), sin)) in rows.enumerate() {
             table.read_row(self.tokens[t] as usize, x);
-            rope::cos_sin(self.start + t, self.frequencies, cos, sin);
+            rope::cos_sin(self.places[t].position, self.frequencies, cos, sin);
         }
     }
 
@@ -167,7 +167,7 @@ impl Pass<'_> {
         &self,
         i: usize,
         layer: &Layer,
-        cache: &mut KvCache,
+        caches: &mut [KvCache],
         b: &mut Buffers,
         hook: &mut Option<Hook<'_>>,
     ) {
@@ -193,18 +193,19 @@ impl Pass<'_> {
         self.trace_linear(hook, i, Linear::K, &b.h, &b.k);
         self.trace_linear(hook, i, Linear::V, &b.h, &b.v);
         self.rotate(b);
-        cache.attend(Attention {
+        let attention = Attention {
             kernels: self.kernels,
             split: self.split,
             heads: self.heads,
             layer: i,
-            start: self.start,
+            places: self.places,
             q: &b.q,
             k: &b.k,
             v: &b.v,
             scores: &mut b.scores,
             out: &mut b.attention,
-        });
+        };
+        attention.run(caches);
         let quantized = self.quantized(&mut b.quantized_attention);
         let float = match &layer.attention_sub_norm {
             Some(weight) => {

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::error::EngineError;
+use crate::head::HeadMode;
 use crate::sampler::Sampler;
 use crate::session::Session;
 use crate::stream::{StopFilter, Utf8Stream};
@@ -160,15 +161,11 @@ impl<'a> Generator<'a> {
             return self.end(FinishReason::Length, piece);
         }
         let begin = Instant::now();
-        if let Some(token) = self.pending {
-            if self.session.position() == self.session.context() {
-                return self.end(FinishReason::Context, piece);
-            }
-            self.session.decode(token)?;
-            self.pending = None;
-            self.stats.decode_tokens += 1;
+        let full = self.pending.is_some() && self.session.position() == self.session.context();
+        if full {
+            return self.end(FinishReason::Context, piece);
         }
-        let token = self.sampler.sample(self.session.logits(), &self.history)?;
+        let token = self.choose()?;
         self.stats.decode += begin.elapsed();
         if !self.options.ignore_eos && self.tokenizer.eos_ids().contains(&token) {
             return self.end(FinishReason::Eos, piece);
@@ -183,6 +180,21 @@ impl<'a> Generator<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Runs the token that waits, if any, and chooses the next. Where only the
+    /// best is asked for, the session need not make all logits.
+    fn choose(&mut self) -> Result<u32, EngineError> {
+        if let Some(token) = self.pending {
+            self.pending = None;
+            self.stats.decode_tokens += 1;
+            if self.session.head() == HeadMode::Int8Exact && self.sampler.is_greedy() {
+                let top = self.session.decode_top(token, 1)?;
+                return Ok(top.first().map_or(0, |t| t.token));
+            }
+            self.session.decode(token)?;
+        }
+        self.sampler.sample(self.session.logits(), &self.history)
     }
 
     /// Lets out what was held back.

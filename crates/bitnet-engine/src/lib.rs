@@ -29,23 +29,28 @@
 #[cfg(target_endian = "big")]
 compile_error!("packed models are little endian and are used in place");
 
+mod batch;
 mod cache;
 mod error;
 mod forward;
 mod generate;
+mod head;
 mod load;
 mod map;
 mod model;
 mod parallel;
+mod runner;
 mod sampler;
 mod session;
 mod stream;
 mod tokenizer;
 
+pub use batch::BatchSession;
 pub use cache::KvType;
 pub use error::EngineError;
 pub use forward::TracePoint;
 pub use generate::{FinishReason, GenerateOptions, Generator, Stats};
+pub use head::{HeadMode, TokenLogit};
 pub use model::{ARCHITECTURE, Golden, LinearRef, LoadOptions, Model, Parts};
 pub use parallel::{Workers, physical_cores};
 pub use sampler::{Sampler, SamplerOptions};

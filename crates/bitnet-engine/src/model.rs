@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bitnet_core::names::{Linear, Norm};
 use bitnet_core::{Dtype, Layout, ModelConfig};
@@ -11,8 +11,10 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 
 use crate::error::EngineError;
+use crate::head::Int8Head;
 use crate::load;
 use crate::map::map;
+use crate::parallel::Workers;
 use crate::tokenizer::Tokenizer;
 
 /// `general.architecture` of the files that [`Model::open`] reads.
@@ -37,6 +39,8 @@ pub(crate) struct Inner {
     pub(crate) map: Mmap,
     pub(crate) file: String,
     pub(crate) weights: Weights,
+    /// An int8 copy of the head, made for the first session that asks for it.
+    pub(crate) int8: OnceLock<Int8Head>,
 }
 
 /// What the file says, and where its tensors lie in the map.
@@ -154,7 +158,7 @@ impl Model {
         let map = map(path, options.prefetch)
             .map_err(|source| EngineError::Io { file: file.clone(), source })?;
         let weights = load::load(&map, &file)?;
-        let model = Self(Arc::new(Inner { map, file, weights }));
+        let model = Self(Arc::new(Inner { map, file, weights, int8: OnceLock::new() }));
         if options.verify {
             model.verify()?;
         }
@@ -235,6 +239,12 @@ impl Model {
         self.0.map.len() as u64
     }
 
+    /// The file's bytes, in place.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0.map
+    }
+
     /// Bytes of weights that one decoded token reads: all linear layers and the
     /// head (the tied embedding), not the embedding look-up.
     #[must_use]
@@ -299,6 +309,13 @@ impl Inner {
 
     pub(crate) fn head(&self) -> DenseRows<'_> {
         self.dense(self.weights.head.as_ref().unwrap_or(&self.weights.embedding))
+    }
+
+    /// The int8 copy of the head, made on these threads where there is none yet.
+    pub(crate) fn int8_head(&self, workers: &Workers) -> &Int8Head {
+        let cols = self.weights.config.hidden_size;
+        let make = || workers.run(usize::MAX, |split| Int8Head::new(self.head(), cols, split));
+        self.int8.get_or_init(make)
     }
 
     pub(crate) fn dense(&self, tensor: &DenseTensor) -> DenseRows<'_> {

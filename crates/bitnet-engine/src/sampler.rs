@@ -105,6 +105,12 @@ impl Sampler {
         &self.options
     }
 
+    /// Whether it takes the token of the largest logit, whatever came before.
+    #[must_use]
+    pub fn is_greedy(&self) -> bool {
+        self.options.temperature == 0.0 && self.options.repetition_penalty == 1.0
+    }
+
     /// Chooses a token from `logits` `[V]`, after the tokens of `history`.
     ///
     /// # Errors

@@ -1,13 +1,14 @@
 //! A session: a model, threads, and the cache of one sequence of tokens.
 
-use bitnet_core::rope;
 use bitnet_kernels::Kernels;
 
-use crate::cache::{Heads, KvCache, KvType};
+use crate::cache::{KvCache, KvType, Place};
 use crate::error::EngineError;
-use crate::forward::{self, Buffers, Hook, Pass, TracePoint};
+use crate::forward::{self, Hook, TracePoint};
+use crate::head::{HeadMode, TokenLogit, Top};
 use crate::model::Model;
 use crate::parallel::{Workers, physical_cores};
+use crate::runner::{Output, Runner};
 
 /// Elements of the logits that [`Session::score`] holds at a time: 8 MiB.
 const SCORE_ELEMENTS: usize = 2 << 20;
@@ -26,11 +27,20 @@ pub struct SessionOptions {
     pub kernels: Option<Kernels>,
     /// Tokens that a prompt is run in at a time.
     pub chunk: usize,
+    /// How [`Session::decode_top`] finds the best tokens.
+    pub head: HeadMode,
 }
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { kv: KvType::F32, context: None, threads: None, kernels: None, chunk: 256 }
+        Self {
+            kv: KvType::F32,
+            context: None,
+            threads: None,
+            kernels: None,
+            chunk: 256,
+            head: HeadMode::Stored,
+        }
     }
 }
 
@@ -41,20 +51,15 @@ impl Default for SessionOptions {
 /// is divided between them.
 #[derive(Debug)]
 pub struct Session {
-    model: Model,
-    kernels: Kernels,
-    workers: Workers,
-    heads: Heads,
-    chunk: usize,
-    frequencies: Vec<f32>,
+    runner: Runner,
     cache: KvCache,
-    buffers: Buffers,
     /// The tokens whose keys and values are in the cache.
     tokens: Vec<u32>,
     /// Logits of the last token run, `[V]`.
     logits: Vec<f32>,
     /// Logits of several tokens, for scoring.
     scored: Vec<f32>,
+    top: Top,
 }
 
 impl Session {
@@ -76,35 +81,14 @@ impl Session {
         options: &SessionOptions,
         workers: Workers,
     ) -> Result<Self, EngineError> {
-        let config = model.config();
-        let most = config.max_position_embeddings;
-        let context = options.context.unwrap_or(most);
-        if context == 0 || context > most {
-            let why = format!("must be in 1..={most}, the model's context");
-            let value = context.to_string();
-            return Err(EngineError::Option { option: "context", value, why });
-        }
-        if options.chunk == 0 {
-            let (value, why) = ("0".to_owned(), "must be at least 1".to_owned());
-            return Err(EngineError::Option { option: "chunk", value, why });
-        }
-        let kernels = match options.kernels {
-            Some(kernels) => kernels,
-            None => Kernels::from_env()?,
-        };
-        let heads = Heads::new(config, context);
+        let runner = Runner::new(model, options, workers)?;
         Ok(Self {
-            kernels,
-            workers,
-            heads,
-            chunk: options.chunk.min(context),
-            frequencies: rope::frequencies(config.head_dim(), config.rope_theta),
-            cache: KvCache::new(options.kv, config, heads)?,
-            buffers: Buffers::default(),
-            tokens: Vec::with_capacity(context),
-            logits: vec![0.0; config.vocab_size],
+            cache: runner.cache(options)?,
+            tokens: Vec::with_capacity(runner.heads.context),
+            logits: vec![0.0; model.config().vocab_size],
             scored: Vec::new(),
-            model: model.clone(),
+            top: Top::new(options.head),
+            runner,
         })
     }
 
@@ -114,7 +98,7 @@ impl Session {
     /// No token, a token outside the vocabulary, or more tokens than there is
     /// room for; the session is as it was before.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<&[f32], EngineError> {
-        self.check(tokens)?;
+        self.runner.check(self.position(), tokens)?;
         self.append(tokens, None);
         Ok(&self.logits)
     }
@@ -141,6 +125,33 @@ impl Session {
         self.prefill(&[token])
     }
 
+    /// Appends one token; returns the `k` most probable tokens after it with
+    /// their logits, the best first and of equals the smaller id first.
+    ///
+    /// They are the same, bit for bit, in every [`HeadMode`]. In mode
+    /// [`HeadMode::Int8Exact`] no other logits are made, and [`Session::logits`]
+    /// stay those of an earlier token.
+    ///
+    /// # Errors
+    /// As [`Session::prefill`], or a logit that is NaN or infinite upwards, or
+    /// none that is finite.
+    pub fn decode_top(&mut self, token: u32, k: usize) -> Result<&[TokenLogit], EngineError> {
+        self.runner.check(self.position(), &[token])?;
+        let place = Place { cache: 0, position: self.tokens.len() };
+        let cache = std::slice::from_mut(&mut self.cache);
+        let places = std::iter::once(place);
+        if self.top.mode() == HeadMode::Stored {
+            let output = Output::Last(&mut self.logits);
+            self.runner.pass(cache, places, &[token], output, None);
+            self.top.of_logits(&self.logits, k);
+        } else {
+            let output = Output::Top(&mut self.top, k);
+            self.runner.pass(cache, places, &[token], output, None);
+        }
+        self.tokens.push(token);
+        self.top.result()
+    }
+
     /// Appends tokens and calls `each` with the position in `tokens` and the
     /// logits `[V]` of every one, in order.
     ///
@@ -151,21 +162,22 @@ impl Session {
         tokens: &[u32],
         mut each: impl FnMut(usize, &[f32]),
     ) -> Result<(), EngineError> {
-        self.check(tokens)?;
-        let config = self.model.config();
+        self.runner.check(self.position(), tokens)?;
+        let config = self.runner.model.config();
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let block = (SCORE_ELEMENTS / vocab).clamp(1, self.chunk);
-        let (mut at, chunk) = (0, self.chunk);
+        let block = (SCORE_ELEMENTS / vocab).clamp(1, self.runner.chunk);
+        let (mut at, chunk) = (0, self.runner.chunk);
         for tokens in tokens.chunks(chunk) {
-            self.pass(tokens, true, None);
+            self.pass(tokens, Want::Normed, None);
             for first in (0..tokens.len()).step_by(block) {
                 let count = block.min(tokens.len() - first);
                 self.scored.resize(block * vocab, 0.0);
-                let h = &self.buffers.h[first * hidden..][..count * hidden];
+                let h = &self.runner.buffers.h[first * hidden..][..count * hidden];
                 let out = &mut self.scored[..count * vocab];
-                let (model, kernels) = (&self.model.0, self.kernels);
+                let (model, kernels) = (&self.runner.model.0, self.runner.kernels);
                 let bytes = model.head().len() * 2 * count;
-                self.workers.run(bytes, |split| forward::logits(kernels, split, model, h, out));
+                let head = |split| forward::logits(kernels, split, model, h, out);
+                self.runner.workers.run(bytes, head);
                 for (i, logits) in self.scored[..count * vocab].chunks_exact(vocab).enumerate() {
                     each(at + first + i, logits);
                 }
@@ -186,7 +198,7 @@ impl Session {
         tokens: &[u32],
         hook: &mut (dyn FnMut(TracePoint<'_>) + Send),
     ) -> Result<&[f32], EngineError> {
-        self.check(tokens)?;
+        self.runner.check(self.position(), tokens)?;
         self.append(tokens, Some(hook));
         Ok(&self.logits)
     }
@@ -212,7 +224,7 @@ impl Session {
     /// How many it can have.
     #[must_use]
     pub fn context(&self) -> usize {
-        self.heads.context
+        self.runner.heads.context
     }
 
     /// Forgets all tokens but the first `len`; nothing where there are fewer.
@@ -228,19 +240,25 @@ impl Session {
     /// The model.
     #[must_use]
     pub fn model(&self) -> &Model {
-        &self.model
+        &self.runner.model
     }
 
     /// The instruction set.
     #[must_use]
     pub fn kernels(&self) -> Kernels {
-        self.kernels
+        self.runner.kernels
     }
 
     /// The threads.
     #[must_use]
     pub fn workers(&self) -> &Workers {
-        &self.workers
+        &self.runner.workers
+    }
+
+    /// How [`Session::decode_top`] finds the best tokens.
+    #[must_use]
+    pub fn head(&self) -> HeadMode {
+        self.top.mode()
     }
 
     /// Element type of the key and value cache.
@@ -249,60 +267,37 @@ impl Session {
         self.cache.kv_type()
     }
 
-    fn check(&self, tokens: &[u32]) -> Result<(), EngineError> {
-        if tokens.is_empty() {
-            return Err(EngineError::Empty);
-        }
-        let (position, context) = (self.position(), self.heads.context);
-        if tokens.len() > context - position {
-            return Err(EngineError::Context { tokens: tokens.len(), position, context });
-        }
-        let vocab_size = self.model.config().vocab_size;
-        match tokens.iter().position(|&t| t as usize >= vocab_size) {
-            Some(i) => {
-                let (token, position) = (tokens[i], position + i);
-                Err(EngineError::Token { token, position, vocab_size })
-            }
-            None => Ok(()),
-        }
-    }
-
     /// Runs checked tokens in chunks, and the head for the last.
     fn append(&mut self, tokens: &[u32], mut hook: Option<Hook<'_>>) {
-        let chunk = self.chunk;
+        let chunk = self.runner.chunk;
         let last = tokens.len().div_ceil(chunk) - 1;
         for (i, tokens) in tokens.chunks(chunk).enumerate() {
             let hook = hook.as_mut().map(|hook| &mut **hook as Hook<'_>);
-            self.pass(tokens, i == last, hook);
+            self.pass(tokens, if i == last { Want::Logits } else { Want::Nothing }, hook);
         }
     }
 
-    /// Runs one chunk. With `head`, the final norm of all tokens is left in the
-    /// buffers and the logits of the last are made.
-    fn pass(&mut self, tokens: &[u32], head: bool, hook: Option<Hook<'_>>) {
+    /// Runs one chunk.
+    fn pass(&mut self, tokens: &[u32], want: Want, hook: Option<Hook<'_>>) {
+        let output = match want {
+            Want::Nothing => Output::Nothing,
+            Want::Normed => Output::Normed,
+            Want::Logits => Output::Last(&mut self.logits),
+        };
         let start = self.tokens.len();
-        let (model, kernels, heads) = (&*self.model.0, self.kernels, self.heads);
-        let scores = heads.scores_len() * self.workers.max_parts();
-        let frequencies = &self.frequencies[..];
-        let (cache, buffers, logits) = (&mut self.cache, &mut self.buffers, &mut self.logits);
-        let bytes = pass_bytes(&self.model) * tokens.len();
-        self.workers.run(bytes, |split| {
-            let pass = Pass { model, kernels, split, heads, scores, frequencies, start, tokens };
-            let traced = hook.is_some();
-            pass.run(cache, buffers, head || traced, hook);
-            if head {
-                let hidden = model.weights.config.hidden_size;
-                let h = &buffers.h[(tokens.len() - 1) * hidden..];
-                forward::logits(kernels, split, model, h, logits);
-            }
-        });
+        let places = (start..start + tokens.len()).map(|position| Place { cache: 0, position });
+        self.runner.pass(std::slice::from_mut(&mut self.cache), places, tokens, output, hook);
         self.tokens.extend_from_slice(tokens);
     }
 }
 
-/// Bytes that a pass of one token reads, or as many as fit a number.
-fn pass_bytes(model: &Model) -> usize {
-    usize::try_from(model.bytes_per_token()).unwrap_or(usize::MAX)
+/// What a chunk leaves.
+enum Want {
+    Nothing,
+    /// The head's input of all its tokens, in the buffers.
+    Normed,
+    /// The logits of its last token.
+    Logits,
 }
 
 #[cfg(test)]
