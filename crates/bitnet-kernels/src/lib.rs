@@ -27,6 +27,7 @@ mod float;
 mod gemm;
 mod int8_rows;
 mod isa;
+mod limits;
 mod mat;
 #[cfg(target_arch = "aarch64")]
 mod neon;

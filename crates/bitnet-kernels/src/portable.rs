@@ -115,7 +115,7 @@ impl Simd for Portable {
 
     #[inline(always)]
     fn add_sums(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
-        array!(16, i => a[i] + b[i])
+        array!(16, i => i32::wrapping_add(a[i], b[i]))
     }
 
     #[inline(always)]

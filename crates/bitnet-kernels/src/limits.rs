@@ -1,0 +1,139 @@
+//! The limits of the machine that products are measured against: how fast bytes
+//! are read, and how fast an instruction set multiplies small integers.
+
+use std::hint::black_box;
+
+use crate::isa::{Kernels, dispatch};
+use crate::simd::{Simd, array};
+
+/// How far ahead of the vector in use memory is asked for, as the products do.
+const PREFETCH_BYTES: usize = 4096;
+
+/// The most steps of one [`Kernels::int8_peak_probe`]: a step adds at most 8 to a
+/// sum of 32 bits.
+const MOST_STEPS: usize = 1 << 24;
+
+impl Kernels {
+    /// Reads every byte once with the widest loads and does next to nothing with
+    /// it. The result depends on every byte and on nothing but the bytes and
+    /// their alignment: it is the same for every instruction set.
+    #[must_use]
+    pub fn read_probe(self, bytes: &[u8]) -> u32 {
+        dispatch!(self, isa => read(isa, bytes))
+    }
+
+    /// Multiplies and adds small integers in registers, with the instructions of
+    /// the products of this set and as many independent sums as its registers
+    /// hold, for `steps` rounds (16 million at most). Returns the operations
+    /// done, a multiply-add being two.
+    #[must_use]
+    pub fn int8_peak_probe(self, steps: usize) -> u64 {
+        dispatch!(self, isa => int8_peak(isa, steps.min(MOST_STEPS)))
+    }
+}
+
+#[inline(always)]
+fn read<S: Simd>(isa: S, bytes: &[u8]) -> u32 {
+    // SAFETY: any bytes are valid integers.
+    let (head, vectors, tail) = unsafe { bytes.align_to::<[i32; 16]>() };
+    let mut sums = array!(8, _i => isa.sums_zero());
+    let (chunks, rest) = vectors.as_chunks::<8>();
+    for chunk in chunks {
+        for (i, vector) in chunk.iter().enumerate() {
+            isa.prefetch(vector.as_ptr().cast::<u8>().wrapping_add(PREFETCH_BYTES));
+            sums[i] = isa.add_sums(sums[i], isa.load_sums(vector));
+        }
+    }
+    for vector in rest {
+        sums[0] = isa.add_sums(sums[0], isa.load_sums(vector));
+    }
+    let mut total = 0u32;
+    for sum in sums {
+        for lane in isa.sum_lanes(sum) {
+            total = total.wrapping_add(lane as u32);
+        }
+    }
+    let ends = head.iter().chain(tail);
+    ends.fold(total, |total, &byte| total.wrapping_mul(257).wrapping_add(u32::from(byte)))
+}
+
+/// Independent sums: what hides the latency of the instruction.
+const WIDE_SUMS: usize = 24;
+const NARROW_SUMS: usize = 6;
+
+#[inline(always)]
+fn int8_peak<S: Simd>(isa: S, steps: usize) -> u64 {
+    let sums = if S::WIDE {
+        rounds::<S, WIDE_SUMS, 3>(isa, steps);
+        WIDE_SUMS
+    } else {
+        rounds::<S, NARROW_SUMS, NARROW_SUMS>(isa, steps);
+        NARROW_SUMS
+    };
+    (steps * sums * 64 * 2) as u64
+}
+
+/// `A` different activations, so that a set whose product and addition are two
+/// instructions does not compute one product for several sums.
+#[inline(always)]
+fn rounds<S: Simd, const N: usize, const A: usize>(isa: S, steps: usize) {
+    let table: [[u8; 64]; 2] = black_box([[1; 64], [2; 64]]);
+    let q: [[i8; 64]; A] = black_box(array!(A, i => [i as i8 % 2; 64]));
+    let acts = array!(A, i => isa.load_acts(&q[i]));
+    let mut parts = array!(N, _i => isa.part_zero());
+    for step in 0..steps {
+        // A new vector in each step: no product can be moved out of the loop.
+        let codes = isa.load(&table[step % 2]);
+        for (i, part) in parts.iter_mut().enumerate() {
+            *part = isa.dot(*part, codes, acts[i % A]);
+        }
+    }
+    let mut sums = isa.sums_zero();
+    for part in parts {
+        sums = isa.add_sums(sums, isa.part_sums(part));
+    }
+    black_box(isa.sum_lanes(sums));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_set_reads_the_same_and_every_byte_counts() {
+        let mut bytes: Vec<u8> = (0..2000usize).map(|i| (i * i % 251) as u8).collect();
+        for (from, to) in [(0, 0), (0, 1), (3, 70), (1, 700), (0, 2000), (7, 1999)] {
+            let expected = Kernels::detect().read_probe(&bytes[from..to]);
+            for kernels in Kernels::all() {
+                assert_eq!(kernels.read_probe(&bytes[from..to]), expected, "{}", kernels.name());
+                for at in (from..to).step_by(13) {
+                    bytes[at] ^= 0x80;
+                    let changed = kernels.read_probe(&bytes[from..to]);
+                    assert_ne!(changed, expected, "{}: byte {at}", kernels.name());
+                    bytes[at] ^= 0x80;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_peak_takes_time_in_proportion_to_its_steps() {
+        for kernels in Kernels::all() {
+            let sums = if ["avx512vbmi", "avx512vnni"].contains(&kernels.name()) { 24 } else { 6 };
+            if !kernels.name().starts_with("neon") {
+                assert_eq!(kernels.int8_peak_probe(10), 10 * sums * 128, "{}", kernels.name());
+            }
+            let seconds = |steps| {
+                let once = || {
+                    let start = std::time::Instant::now();
+                    black_box(kernels.int8_peak_probe(steps));
+                    start.elapsed().as_secs_f64()
+                };
+                (0..5).map(|_| once()).fold(f64::INFINITY, f64::min)
+            };
+            // Were the loop folded away, both would take as long as a clock's tick.
+            let (short, long) = (seconds(500), seconds(50_000));
+            assert!(long > 10.0 * short, "{}: {short} and {long}", kernels.name());
+        }
+    }
+}
