@@ -1,139 +1,281 @@
-//! Speed of a packed model: prefill of a prompt and decoding token by token.
+//! Speed of packed models beside the limits of the machine, measured in one run.
 //!
 //! The tests are llama-bench's: `pp512` runs 512 tokens as one prompt, `tg128`
-//! runs 128 tokens one by one from an empty context. Sampling is not measured.
+//! runs 128 tokens one by one from an empty context; sampling is not measured.
+//! With them run the limits (reading the mapped file, the peak of the int8
+//! instruction) and the products of a decoded token alone. All take turns,
+//! round after round, so that a busy minute of the machine meets all of them.
 
+mod cost;
+mod limits;
+mod products;
+mod report;
+mod share;
+mod stats;
+
+use std::path::Path;
 use std::time::Instant;
 
-use bitnet_core::WeightQuantizer;
-use bitnet_engine::{Model, Session, SessionOptions};
-use serde::Serialize;
+use bitnet_engine::{LoadOptions, Model, Session, SessionOptions};
+use bitnet_kernels::Kernels;
+
+pub use cost::{TokenBytes, int8_operations};
+pub use report::{Limit, Limits, ModelInfo, Report, Row};
+pub use stats::Spread;
 
 use crate::EvalError;
+use products::Products;
 
 /// What is measured, and how often.
 #[derive(Debug, Clone)]
 pub struct BenchOptions {
-    /// Tokens of the prompt; 0 leaves the test out.
-    pub prompt: usize,
-    /// Tokens decoded; 0 leaves the test out.
-    pub generate: usize,
-    /// Measured runs of each test, after one that is not.
+    /// Tokens of the prompts; zeros are left out.
+    pub prompts: Vec<usize>,
+    /// Tokens decoded; zeros are left out.
+    pub generates: Vec<usize>,
+    /// Measured rounds, after one that is not.
     pub repeats: usize,
-    /// How the session runs.
+    /// How sessions run; threads, kernels and context are set by the bench.
     pub session: SessionOptions,
 }
 
-/// One test's result; the keys are stable.
-#[derive(Debug, Clone, Serialize)]
-pub struct Row {
-    /// File of the model.
-    pub model: String,
-    /// Layout of the weights; `dense` for a float twin.
-    pub layout: &'static str,
-    /// Instruction set.
-    pub isa: &'static str,
-    /// Threads.
-    pub threads: usize,
-    /// `pp<N>` or `tg<N>`.
-    pub test: String,
-    /// The median of the runs.
-    pub tokens_per_second: f64,
-    /// The slowest run.
-    pub tokens_per_second_min: f64,
-    /// The fastest run.
-    pub tokens_per_second_max: f64,
-    /// How many runs.
-    pub repeats: usize,
-    /// Bytes of weights that a decoded token reads, times tokens per second, in
-    /// 10^9 bytes; none for a prompt, which reads weights once for many tokens.
-    pub gb_per_second: Option<f64>,
-    /// The most memory the process has used so far; none where the system does
-    /// not tell.
-    pub peak_rss_bytes: Option<u64>,
+/// A test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Test {
+    /// `pp<N>`: one prompt of N tokens.
+    Prompt(usize),
+    /// `tg<N>`: N tokens, one by one.
+    Generate(usize),
+    /// `ternary_only`: the ternary products of one decoded token and nothing else.
+    Ternary,
+    /// `head_only`: the head of one decoded token and nothing else.
+    Head,
 }
 
-/// Runs the tests; `progress` gets the name of each before it starts.
+impl Test {
+    /// Its name in the results.
+    #[must_use]
+    pub fn name(self) -> String {
+        match self {
+            Self::Prompt(tokens) => format!("pp{tokens}"),
+            Self::Generate(tokens) => format!("tg{tokens}"),
+            Self::Ternary => "ternary_only".into(),
+            Self::Head => "head_only".into(),
+        }
+    }
+}
+
+/// A model that was opened, and how long that took.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The model.
+    pub model: Model,
+    /// Seconds to open and check it.
+    pub load_seconds: f64,
+}
+
+impl Loaded {
+    /// Opens a model, asking the system to read it ahead.
+    ///
+    /// # Errors
+    /// See [`Model::open`].
+    pub fn open(path: &Path) -> Result<Self, EvalError> {
+        let start = Instant::now();
+        let model = Model::open(path, &LoadOptions { prefetch: true, ..LoadOptions::default() })?;
+        Ok(Self { model, load_seconds: start.elapsed().as_secs_f64() })
+    }
+}
+
+/// The instruction set and threads of a measurement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Setting {
+    /// Instruction set.
+    pub kernels: Kernels,
+    /// Threads.
+    pub threads: usize,
+}
+
+/// Every instruction set with every number of threads, the most threads first.
+#[must_use]
+pub fn matrix(isas: &[Kernels], threads: &[usize]) -> Vec<Setting> {
+    let mut threads = threads.to_vec();
+    threads.sort_unstable_by(|a, b| b.cmp(a));
+    threads.dedup();
+    let of = |&kernels: &Kernels| {
+        threads.iter().map(move |&threads| Setting { kernels, threads }).collect::<Vec<_>>()
+    };
+    isas.iter().flat_map(of).collect()
+}
+
+/// Runs the tests of every model in every setting; `progress` gets how many
+/// measurements are done, how many there are, and the name of the next.
 ///
 /// # Errors
-/// Tests longer than the context, and what the session returns.
+/// Tests longer than a model's context, nothing to measure, and what a session
+/// returns.
 pub fn bench(
-    model: &Model,
+    models: &[Loaded],
+    settings: &[Setting],
     options: &BenchOptions,
-    progress: &mut dyn FnMut(&str),
-) -> Result<Vec<Row>, EvalError> {
-    let limit = options.session.context.unwrap_or(model.config().max_position_embeddings);
-    for (option, tokens) in [("--prompt", options.prompt), ("--generate", options.generate)] {
-        if tokens > limit {
+    progress: &mut dyn FnMut(usize, usize, &str),
+) -> Result<Report, EvalError> {
+    let tests = tests(models, options)?;
+    let mut infos = Vec::new();
+    let mut runs = Vec::new();
+    for loaded in models {
+        let first = runs.len();
+        for &setting in settings {
+            runs.push(Run::new(loaded, setting, &tests, options)?);
+        }
+        let seconds = runs[first..].first_mut().map_or(Ok(0.0), Run::first_logits)?;
+        infos.push(ModelInfo::new(loaded, seconds, &options.session, context(&tests)));
+    }
+    let mut probes = limits::probes(models, settings);
+    let each: usize = probes.len() + runs.iter().map(|r| r.speeds.len()).sum::<usize>();
+    let total = each * (options.repeats + 1);
+    let mut done = 0;
+    // The first round pages the weights in, grows buffers and is not counted.
+    for round in 0..=options.repeats {
+        for probe in &mut probes {
+            progress(done, total, &probe.name());
+            probe.measure(models, round > 0);
+            done += 1;
+        }
+        for run in &mut runs {
+            for i in 0..run.speeds.len() {
+                progress(done, total, &run.name(i));
+                run.measure(i, round > 0)?;
+                done += 1;
+            }
+        }
+    }
+    Ok(Report::new(infos, &probes, &runs, options))
+}
+
+/// The tests asked for, checked against the contexts of all models.
+fn tests(models: &[Loaded], options: &BenchOptions) -> Result<Vec<Test>, EvalError> {
+    let limit = models.iter().map(|m| m.model.config().max_position_embeddings).min().unwrap_or(0);
+    let limit = options.session.context.map_or(limit, |context| context.min(limit));
+    let wanted = [("--prompt", &options.prompts), ("--generate", &options.generates)];
+    for (option, tokens) in wanted {
+        if let Some(tokens) = tokens.iter().find(|&&t| t > limit) {
             return Err(EvalError::Usage(format!(
                 "{option} {tokens} is longer than the context of {limit} tokens"
             )));
         }
     }
-    if options.repeats == 0 || options.prompt + options.generate == 0 {
+    let prompts = options.prompts.iter().map(|&n| Test::Prompt(n));
+    let generates = options.generates.iter().map(|&n| Test::Generate(n));
+    let none = [Test::Prompt(0), Test::Generate(0)];
+    let tests: Vec<Test> = prompts.chain(generates).filter(|test| !none.contains(test)).collect();
+    if options.repeats == 0 || tests.is_empty() {
         return Err(EvalError::Usage("nothing to measure: no repeats or no tokens".into()));
     }
-    let mut session = Session::new(model, &options.session)?;
-    let mut rows = Vec::new();
-    for (kind, tokens) in [("pp", options.prompt), ("tg", options.generate)] {
-        if tokens == 0 {
-            continue;
+    Ok(tests)
+}
+
+/// The longest sequence of some tests.
+fn context(tests: &[Test]) -> usize {
+    let tokens = tests.iter().map(|test| match *test {
+        Test::Prompt(n) | Test::Generate(n) => n,
+        Test::Ternary | Test::Head => 1,
+    });
+    tokens.max().unwrap_or(1)
+}
+
+/// The tests of one model in one setting.
+pub(crate) struct Run<'a> {
+    loaded: &'a Loaded,
+    setting: Setting,
+    session: Session,
+    products: Products<'a>,
+    chunk: usize,
+    /// Each test and its tokens per second, round by round.
+    speeds: Vec<(Test, Vec<f64>)>,
+}
+
+impl<'a> Run<'a> {
+    fn new(
+        loaded: &'a Loaded,
+        setting: Setting,
+        tests: &[Test],
+        options: &BenchOptions,
+    ) -> Result<Self, EvalError> {
+        let session = SessionOptions {
+            threads: Some(setting.threads),
+            kernels: Some(setting.kernels),
+            context: Some(context(tests)),
+            ..options.session.clone()
+        };
+        let products = Products::new(&loaded.model, setting);
+        let mut tests = tests.to_vec();
+        if tests.iter().any(|test| matches!(test, Test::Generate(_))) {
+            tests.extend(products.has_ternary().then_some(Test::Ternary));
+            tests.push(Test::Head);
         }
-        let test = format!("{kind}{tokens}");
-        progress(&test);
-        let tokens = pseudo_text(tokens, model.config().vocab_size);
-        let mut speeds = Vec::with_capacity(options.repeats);
-        for run in 0..=options.repeats {
-            let speed = measure(&mut session, &tokens, kind == "pp")?;
-            // The first run pages the weights in and grows the buffers.
-            if run > 0 {
-                speeds.push(speed);
+        Ok(Self {
+            loaded,
+            setting,
+            chunk: session.chunk,
+            session: Session::new(&loaded.model, &session)?,
+            products,
+            speeds: tests.into_iter().map(|test| (test, Vec::new())).collect(),
+        })
+    }
+
+    fn name(&self, test: usize) -> String {
+        let Setting { kernels, threads } = self.setting;
+        format!("{} {} x{threads}", self.speeds[test].0.name(), kernels.name())
+    }
+
+    /// Seconds that the first token takes.
+    fn first_logits(&mut self) -> Result<f64, EvalError> {
+        let start = Instant::now();
+        self.session.reset();
+        self.session.decode(0)?;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    /// Runs a test once, from an empty context.
+    fn measure(&mut self, test: usize, counts: bool) -> Result<(), EvalError> {
+        let vocab = self.loaded.model.config().vocab_size;
+        let speed = match self.speeds[test].0 {
+            Test::Prompt(n) => {
+                let tokens = pseudo_text(n, vocab);
+                self.timed(n, |session| session.prefill(&tokens).map(|_| ()))?
             }
+            Test::Generate(n) => {
+                let tokens = pseudo_text(n, vocab);
+                self.timed(n, |session| {
+                    tokens.iter().try_for_each(|&token| session.decode(token).map(|_| ()))
+                })?
+            }
+            Test::Ternary => self.products.ternary(),
+            Test::Head => self.products.head(),
+        };
+        if counts {
+            self.speeds[test].1.push(speed);
         }
-        rows.push(row(model, &session, test, &mut speeds));
+        Ok(())
     }
-    Ok(rows)
-}
 
-/// Tokens per second of one run from an empty context.
-fn measure(session: &mut Session, tokens: &[u32], batched: bool) -> Result<f64, EvalError> {
-    session.reset();
-    let started = Instant::now();
-    if batched {
-        session.prefill(tokens)?;
-    } else {
-        for &token in tokens {
-            session.decode(token)?;
-        }
-    }
-    Ok(tokens.len() as f64 / started.elapsed().as_secs_f64().max(1e-9))
-}
-
-fn row(model: &Model, session: &Session, test: String, speeds: &mut [f64]) -> Row {
-    let (low, median, high) = spread(speeds);
-    let per_token = model.bytes_per_token() as f64;
-    let ternary = model.config().weight_quantizer == WeightQuantizer::Ternary;
-    Row {
-        model: model.file().to_owned(),
-        layout: if ternary { model.layout().name() } else { "dense" },
-        isa: session.kernels().name(),
-        threads: session.workers().threads(),
-        gb_per_second: test.starts_with("tg").then_some(median * per_token / 1e9),
-        test,
-        tokens_per_second: median,
-        tokens_per_second_min: low,
-        tokens_per_second_max: high,
-        repeats: speeds.len(),
-        peak_rss_bytes: peak_rss_bytes(),
+    /// Tokens per second of `work` on `tokens` tokens.
+    fn timed(
+        &mut self,
+        tokens: usize,
+        work: impl FnOnce(&mut Session) -> Result<(), bitnet_engine::EngineError>,
+    ) -> Result<f64, EvalError> {
+        self.session.reset();
+        let start = Instant::now();
+        work(&mut self.session)?;
+        Ok(tokens as f64 / start.elapsed().as_secs_f64().max(1e-9))
     }
 }
 
-/// (smallest, median, largest); of an even number the mean of the middle two.
-fn spread(values: &mut [f64]) -> (f64, f64, f64) {
-    values.sort_by(f64::total_cmp);
-    let n = values.len();
-    let median = (values[(n - 1) / 2] + values[n / 2]) / 2.0;
-    (values[0], median, values[n - 1])
+/// How often a measurement that takes `seconds` is repeated within one, so that
+/// it takes at least 30 ms.
+fn rounds(seconds: f64) -> usize {
+    (0.03 / seconds.max(1e-9)).ceil().clamp(1.0, 1e5) as usize
 }
 
 /// Tokens without a pattern, the same in every run (Knuth's MMIX generator).
@@ -162,18 +304,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn medians_and_spreads() {
-        assert_eq!(spread(&mut [3.0, 1.0, 2.0]), (1.0, 2.0, 3.0));
-        assert_eq!(spread(&mut [4.0, 1.0, 2.0, 3.0]), (1.0, 2.5, 4.0));
-        assert_eq!(spread(&mut [7.0]), (7.0, 7.0, 7.0));
-    }
-
-    #[test]
     fn pseudo_text_stays_in_the_vocabulary() {
         let text = pseudo_text(1000, 320);
         assert!(text.iter().all(|&t| t < 320));
         assert!(text.iter().collect::<std::collections::HashSet<_>>().len() > 250);
         assert_eq!(text[..10], pseudo_text(10, 320));
+    }
+
+    #[test]
+    fn the_matrix_has_every_pair_once() {
+        let isas = Kernels::all();
+        let settings = matrix(&isas, &[1, 2, 2, 3]);
+        assert_eq!(settings.len(), 3 * isas.len());
+        assert_eq!(settings[0], Setting { kernels: isas[0], threads: 3 });
+        assert_eq!(settings[2], Setting { kernels: isas[0], threads: 1 });
+        for (i, a) in settings.iter().enumerate() {
+            assert!(!settings[i + 1..].contains(a));
+        }
+    }
+
+    #[test]
+    fn short_measurements_are_repeated() {
+        assert_eq!((rounds(1.0), rounds(0.01), rounds(0.0)), (1, 3, 100_000));
     }
 
     #[cfg(target_os = "linux")]

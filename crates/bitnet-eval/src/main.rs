@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+mod bench_command;
+
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,7 +16,6 @@ use anyhow::Context;
 use bitnet_core::exit::{self, Exit, ExitError};
 use bitnet_data::Split;
 use bitnet_engine::{KvType, LoadOptions, Model, Session, SessionOptions, Tokenizer};
-use bitnet_eval::bench::{BenchOptions, Row, bench};
 use bitnet_eval::{
     EngineModel, EvalError, Mode, Perplexity, PerplexityOptions, TokenSource, open_shards,
     perplexity, read_text,
@@ -22,6 +23,8 @@ use bitnet_eval::{
 use bitnet_format::json::write_json;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
+
+use bench_command::BenchArgs;
 
 /// Score and measure packed ternary language models.
 #[derive(Debug, Parser)]
@@ -95,34 +98,6 @@ struct PerplexityArgs {
     run: RunArgs,
 }
 
-/// Tokens per second of prefill and decoding
-///
-/// Each test runs once to warm up, then --repeats times; the median counts.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Examples:
-  bitnet-eval bench model.gguf
-  bitnet-eval bench model.gguf --prompt 256 --generate 64 --threads 1 --json bench.json
-
-JSON: `results`, a list of rows with model, layout, isa, threads, test (pp<N>, tg<N>),
-tokens_per_second (the median) with _min and _max, repeats, gb_per_second (weights read
-while decoding), peak_rss_bytes.")]
-struct BenchArgs {
-    /// The packed model
-    model: PathBuf,
-    /// Tokens of the prompt; 0 leaves the test out [default: 512, at most the context]
-    #[arg(long, value_name = "N")]
-    prompt: Option<usize>,
-    /// Tokens to decode; 0 leaves the test out [default: 128, at most the context]
-    #[arg(long, value_name = "N")]
-    generate: Option<usize>,
-    /// Measured runs of each test
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    repeats: usize,
-    #[command(flatten)]
-    run: RunArgs,
-}
-
 #[derive(Debug, Args)]
 struct RunArgs {
     /// Precision of the key and value cache
@@ -191,7 +166,7 @@ fn main() -> ExitCode {
     }
     let result = match &cli.command {
         Command::Perplexity(args) => run_perplexity(args),
-        Command::Bench(args) => run_bench(args),
+        Command::Bench(args) => args.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -395,68 +370,5 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
-    }
-}
-
-/// What `bench` reports; the keys are stable.
-#[derive(Debug, Serialize)]
-struct BenchReport<'a> {
-    model: &'a Path,
-    file_bytes: u64,
-    /// Bytes of weights that a decoded token reads.
-    bytes_per_token: u64,
-    kv: &'static str,
-    results: Vec<Row>,
-}
-
-fn run_bench(args: &BenchArgs) -> anyhow::Result<()> {
-    let options = LoadOptions { prefetch: true, ..LoadOptions::default() };
-    let model = Model::open(&args.model, &options).map_err(coded)?;
-    let limit = model.config().max_position_embeddings;
-    let options = BenchOptions {
-        prompt: args.prompt.unwrap_or(limit.min(512)),
-        generate: args.generate.unwrap_or(limit.min(128)),
-        repeats: args.repeats,
-        session: args.run.session(None),
-    };
-    let results =
-        bench(&model, &options, &mut |test| eprintln!("measuring {test}")).map_err(coded)?;
-    let report = BenchReport {
-        model: &args.model,
-        file_bytes: model.bytes(),
-        bytes_per_token: model.bytes_per_token(),
-        kv: options.session.kv.name(),
-        results,
-    };
-    args.run.print(&report.table(), &report)
-}
-
-impl BenchReport<'_> {
-    fn table(&self) -> String {
-        let mut text = format!(
-            "{}: {} bytes, {} read per decoded token, kv {}\n",
-            self.model.display(),
-            self.file_bytes,
-            self.bytes_per_token,
-            self.kv
-        );
-        text += "test      tokens/s (slowest, fastest)        GB/s  layout  isa         threads\n";
-        for r in &self.results {
-            let gb = r.gb_per_second.map_or("-".into(), |g| format!("{g:.2}"));
-            text += &format!(
-                "{:8}  {:10.1} ({:.1}, {:.1}) {gb:>10}  {:6}  {:10}  {}\n",
-                r.test,
-                r.tokens_per_second,
-                r.tokens_per_second_min,
-                r.tokens_per_second_max,
-                r.layout,
-                r.isa,
-                r.threads,
-            );
-        }
-        if let Some(peak) = self.results.iter().filter_map(|r| r.peak_rss_bytes).max() {
-            text += &format!("peak memory {:.1} MiB\n", peak as f64 / f64::from(1 << 20));
-        }
-        text
     }
 }

@@ -210,37 +210,6 @@ fn scores_a_text_in_every_mode_and_writes_the_json_file() {
 }
 
 #[test]
-fn bench_reports_every_key() {
-    let s = Setup::new();
-    let result = json(&eval(&[
-        &"bench",
-        &s.model,
-        &"--prompt",
-        &"32",
-        &"--generate",
-        &"8",
-        &"--repeats",
-        &"2",
-        &"--threads",
-        &"1",
-        &"--json",
-        &"-",
-    ]));
-    let rows = result["results"].as_array().unwrap();
-    assert_eq!(rows.len(), 2);
-    for (row, test) in rows.iter().zip(["pp32", "tg8"]) {
-        assert_eq!(row["test"], test);
-        assert_eq!((&row["layout"], &row["threads"]), (&"p2".into(), &1.into()));
-        let speed = row["tokens_per_second"].as_f64().unwrap();
-        assert!(speed > 0.0 && row["tokens_per_second_min"].as_f64().unwrap() <= speed);
-        for key in ["model", "isa", "gb_per_second", "peak_rss_bytes"] {
-            assert!(row.get(key).is_some(), "{key}");
-        }
-    }
-    assert!(rows[0]["gb_per_second"].is_null() && rows[1]["gb_per_second"].as_f64() > Some(0.0));
-}
-
-#[test]
 fn bad_usage_and_bad_files_are_told_apart() {
     let s = Setup::new();
     let spaced = tokenizer_json().replace("\"version\"", " \"version\"");
@@ -301,6 +270,10 @@ fn bad_usage_and_bad_files_are_told_apart() {
         (vec![&"perplexity", &model, &"--text", &empty], 3, "empty.txt: empty"),
         (vec![&"perplexity", &model, &"--text", &missing], 3, "missing.gguf: cannot be read"),
         (vec![&"bench", &missing], 3, "missing.gguf"),
+        (vec![&"bench", &model, &missing], 3, "missing.gguf"),
+        (vec![&"bench"], 2, "MODEL"),
+        (vec![&"bench", &model, &"--isa", &"mmx"], 2, "unknown instruction set `mmx`"),
+        (vec![&"bench", &model, &"--repeats", &"0"], 2, "nothing to measure"),
         (vec![&"bench", &model, &"--prompt", &"129"], 2, "--prompt 129 is longer"),
         (vec![&"bench", &model, &"--prompt", &"0", &"--generate", &"0"], 2, "nothing to measure"),
         (vec![&"frobnicate"], 2, "frobnicate"),

@@ -1,0 +1,129 @@
+//! The bench end to end on small random models: the keys of its JSON, the sense
+//! of its numbers, and a table that fits a terminal.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+// The engine's makers of small random models.
+#[path = "../../bitnet-engine/tests/common/mod.rs"]
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use bitnet_core::{ModelConfig, WeightQuantizer};
+use bitnet_kernels::Kernels;
+use common::RandomModel;
+use serde_json::Value;
+
+fn model(dir: &tempfile::TempDir, name: &str, config: &ModelConfig) -> PathBuf {
+    let written = RandomModel::new(config, 1).file().write(dir);
+    let path = dir.path().join(name);
+    std::fs::rename(written, &path).unwrap();
+    path
+}
+
+/// `bitnet-eval bench` with two repeats of short tests.
+fn bench(models: &[&Path], args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet-eval"));
+    command.env_remove("BITNET_ISA").env_remove("RUST_LOG").arg("bench").args(models);
+    command.args(["--prompt", "32", "--generate", "8", "--repeats", "2"]).args(args);
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The text of a list of rows' key.
+fn column<'a>(rows: &'a Value, key: &str) -> Vec<&'a str> {
+    rows.as_array().unwrap().iter().map(|row| row[key].as_str().unwrap()).collect()
+}
+
+fn number(row: &Value, key: &str) -> f64 {
+    row[key].as_f64().unwrap_or_else(|| panic!("{key} in {row}"))
+}
+
+#[test]
+fn rows_have_every_key_and_numbers_that_agree() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(&dir, "m.gguf", &ModelConfig::tiny());
+    let report = json(&bench(&[&path], &["--threads", "1", "--json", "-"]));
+    let rows = &report["results"];
+    assert_eq!(column(rows, "test"), ["pp32", "tg8", "ternary_only", "head_only"]);
+    let rows = rows.as_array().unwrap();
+    for row in rows {
+        assert_eq!(row["model"], path.to_str().unwrap());
+        assert_eq!((&row["layout"], &row["threads"]), (&"p2".into(), &1.into()));
+        assert_eq!((&row["isa"], &row["repeats"]), (&Kernels::detect().name().into(), &2.into()));
+        let speed = number(row, "tokens_per_second");
+        assert!(number(row, "tokens_per_second_min") <= speed && speed > 0.0);
+        assert!(number(row, "tokens_per_second_max") >= speed);
+        let gb = speed * number(row, "bytes_per_token") / 1e9;
+        assert!((number(row, "gb_per_second") / gb - 1.0).abs() < 0.01, "{row}");
+        assert!(number(row, "share_of_bandwidth") > 0.0);
+        assert_eq!(row["share_of_int8_peak"].is_null(), row["test"] == "head_only");
+        assert_eq!(row["share_outside_products"].is_null(), row["test"] != "tg8");
+        assert!(row.get("peak_rss_bytes").is_some());
+    }
+    // A token's parts: all weights while decoding, a share of them in a prompt.
+    let [prompt, decode, ternary, head] = &rows[..] else { panic!("four rows") };
+    let linear = number(decode, "linear_bytes_per_token");
+    assert_eq!(number(ternary, "bytes_per_token"), linear);
+    assert_eq!(number(head, "bytes_per_token"), number(decode, "head_bytes_per_token"));
+    assert_eq!(number(prompt, "linear_bytes_per_token"), (linear / 32.0).round());
+    assert!(number(decode, "kv_bytes_per_token") > 0.0);
+    let [limit] = &report["limits"]["read"].as_array().unwrap()[..] else { panic!("one limit") };
+    assert_eq!(limit["bytes"], std::fs::metadata(&path).unwrap().len());
+    assert!(number(limit, "gb_per_second") <= number(limit, "gb_per_second_best"));
+    let share = number(decode, "gb_per_second") / number(limit, "gb_per_second");
+    assert!((number(decode, "share_of_bandwidth") / share - 1.0).abs() < 1e-9);
+    assert!(number(&report["limits"]["int8"][0], "gop_per_second") > 0.0);
+    let opened = &report["models"][0];
+    assert!(number(opened, "load_seconds") > 0.0 && number(opened, "first_logits_seconds") > 0.0);
+    assert_eq!(opened["file_bytes"], limit["bytes"]);
+}
+
+#[test]
+fn a_matrix_measures_every_model_set_and_thread_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let ternary = model(&dir, "ternary.gguf", &ModelConfig::tiny());
+    let twin = ModelConfig { weight_quantizer: WeightQuantizer::None, ..ModelConfig::tiny() };
+    let twin = model(&dir, "twin.gguf", &twin);
+    let args = ["--matrix", "--isa", "portable", "--threads", "2", "--json", "-"];
+    let report = json(&bench(&[&ternary, &twin], &args));
+    let settings: Vec<_> = report["results"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|row| row["test"] == "tg8")
+        .map(|row| (row["layout"].as_str().unwrap(), row["threads"].as_u64().unwrap()))
+        .collect();
+    assert_eq!(settings, [("p2", 2), ("p2", 1), ("dense", 2), ("dense", 1)]);
+    let rows = report["results"].as_array().unwrap();
+    assert!(rows.iter().all(|row| row["isa"] == "portable"));
+    assert!(rows.iter().all(|row| row["layout"] == "p2" || row["share_of_int8_peak"].is_null()));
+    assert_eq!(report["limits"]["read"].as_array().unwrap().len(), 4);
+    assert_eq!(report["limits"]["int8"].as_array().unwrap().len(), 2);
+    // Without a list, every instruction set of the machine.
+    let report = json(&bench(&[&ternary], &["--matrix", "--threads", "1", "--json", "-"]));
+    let mut isas = column(&report["results"], "isa");
+    isas.dedup();
+    assert_eq!(isas, Kernels::all().iter().map(|k| k.name()).collect::<Vec<_>>());
+}
+
+#[test]
+fn the_table_fits_a_terminal() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(&dir, "m.gguf", &ModelConfig::tiny());
+    let output = bench(&[&path], &["--matrix", "--threads", "2"]);
+    let table = String::from_utf8(output.stdout).unwrap();
+    for words in ["pp32", "tg8", "read file", "int8 peak", "the rest", "a token: linear"] {
+        assert!(table.contains(words), "`{words}` is not in:\n{table}");
+    }
+    for line in table.lines().filter(|line| !line.contains("m.gguf")) {
+        assert!(line.chars().count() <= 100, "{line}");
+        assert!(!line.contains("NaN"), "{line}");
+    }
+}
