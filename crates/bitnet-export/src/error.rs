@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bitnet_core::{Exit, ExitError, MatrixError};
+use bitnet_core::{ConfigError, Exit, ExitError, MatrixError};
 use bitnet_engine::EngineError;
 use bitnet_format::gguf::GgufError;
 use bitnet_format::hf::HfError;
@@ -27,6 +27,21 @@ pub enum ExportError {
     /// A folder stands where the file should go.
     #[error("{}: is a folder, the name of a file is needed", .0.display())]
     DestinationIsFolder(PathBuf),
+    /// A training config that is nowhere.
+    #[error("no config {0}: neither a file nor a name in a folder `configs`")]
+    NoConfig(String),
+    /// A training config without a usable `[model]` table.
+    #[error("{}: {what}", path.display())]
+    Config { path: PathBuf, what: String },
+    /// A change of the config that is none.
+    #[error("--set {text}: {what}")]
+    Set { text: String, what: String },
+    /// A model that cannot exist.
+    #[error(transparent)]
+    Shape(#[from] ConfigError),
+    /// The disk is too small for the file.
+    #[error("{}: needs {needs} bytes, the disk has {has} free", path.display())]
+    Space { path: PathBuf, needs: u64, has: u64 },
     /// The checkpoint cannot be used.
     #[error(transparent)]
     Checkpoint(#[from] HfError),
@@ -87,8 +102,13 @@ impl ExportError {
             | Self::Read { .. }
             | Self::Invalid { .. }
             | Self::NotFinite { .. } => Exit::BadInput,
-            Self::DestinationIsFolder(_) => Exit::Usage,
-            Self::Matrix { .. }
+            Self::DestinationIsFolder(_)
+            | Self::NoConfig(_)
+            | Self::Config { .. }
+            | Self::Set { .. }
+            | Self::Shape(_) => Exit::Usage,
+            Self::Space { .. }
+            | Self::Matrix { .. }
             | Self::Write { .. }
             | Self::Container(_)
             | Self::Differs { .. }

@@ -10,6 +10,8 @@
 //! # Ok::<(), bitnet_export::ExportError>(())
 //! ```
 //!
+//! [`synthesize`] writes a file of random weights in the shape of any config.
+//!
 //! Memory holds one tensor at a time, whatever the size of the model. An
 //! existing file of the destination's name is replaced, atomically and only by
 //! a file that passed; a failed export leaves it as it was.
@@ -20,45 +22,43 @@
 mod compare;
 mod error;
 mod golden;
+mod layout;
 mod pack;
 mod plan;
 mod report;
 mod source;
+mod synthetic;
 
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
-use bitnet_core::Layout;
 use bitnet_format::gguf::Writer;
 
 pub use error::ExportError;
 pub use golden::GOLDEN_TOLERANCE;
+pub use layout::{AUTO_P2_BYTES, LayoutChoice};
 pub use plan::DenseType;
 pub use report::Report;
 pub use source::find_checkpoint;
+pub use synthetic::{SyntheticOptions, SyntheticReport, model_config, synthesize};
 
 use error::Named;
+use pack::Keys;
 use plan::Plan;
 use source::Source;
 
 /// What an export may choose.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct ExportOptions {
     /// Byte layout of the ternary matrices.
-    pub layout: Layout,
+    pub layout: LayoutChoice,
     /// `general.name`; the run's or the folder's name when absent.
     pub name: Option<String>,
     /// Type of a float twin's linear weights. With [`DenseType::F16`] they are
     /// rounded, so training's logits cannot be reproduced: the file is checked
     /// weight by weight only, and holds no golden logits.
     pub dense: DenseType,
-}
-
-impl Default for ExportOptions {
-    fn default() -> Self {
-        Self { layout: Layout::P2, name: None, dense: DenseType::F32 }
-    }
 }
 
 /// What an export is doing.
@@ -70,6 +70,10 @@ pub enum Phase {
     Compare,
     /// Running the prompt of the golden logits.
     Golden,
+    /// Making and writing a synthetic model; counted in bytes.
+    Generate,
+    /// Waiting for the disk to have them.
+    Flush,
 }
 
 /// How far it is.
@@ -77,9 +81,9 @@ pub enum Phase {
 pub struct Progress {
     /// What is being done.
     pub phase: Phase,
-    /// Parameters done in this phase.
+    /// Parameters (or bytes, see [`Phase`]) done in this phase.
     pub done: u64,
-    /// Parameters of the model.
+    /// Parameters of the model, or bytes of the file.
     pub total: u64,
 }
 
@@ -109,13 +113,23 @@ pub fn export_with(
         return Err(ExportError::DestinationIsFolder(dst.into()));
     }
     let source = Source::open(src)?;
-    let plan = Plan::new(source.checkpoint.config(), options);
+    let config = source.checkpoint.config();
+    let (layout, layout_reason) = options.layout.resolve(config);
+    let plan = Plan::new(config, layout, options.dense);
     let name = options.name.clone().unwrap_or_else(|| source.default_name());
     tracing::debug!(checkpoint = %source.folder().display(), name, "packing");
     let golden = source.golden.as_ref().filter(|_| plan.is_exact());
 
     let out = bitnet_format::atomic::AtomicFile::create(dst).named(dst)?;
-    let header = pack::header(&source, &plan, &name, golden)?;
+    let keys = Keys {
+        config,
+        name: &name,
+        golden,
+        tokenizer: &source.tokenizer,
+        special: source.checkpoint.special(),
+        chat_template: source.chat_template.as_deref(),
+    };
+    let header = pack::header(&keys, &plan)?;
     let mut writer = Writer::start(out, header)?;
     let mut step = Step::new(Phase::Pack, &plan, progress);
     pack::write(&source, &plan, &mut writer, &mut step)?;
@@ -142,7 +156,7 @@ pub fn export_with(
     } else if golden.is_none() {
         warnings.push("weights were rounded to f16: the output was not compared".to_owned());
     }
-    let facts = report::Facts { name, packed_bytes, golden_error, warnings };
+    let facts = report::Facts { name, layout_reason, packed_bytes, golden_error, warnings };
     Ok(Report::new(&source, &plan, dst, &counts, facts, start.elapsed()))
 }
 

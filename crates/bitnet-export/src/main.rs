@@ -1,48 +1,101 @@
-//! `bitnet-export CHECKPOINT -o model.gguf`: the command around the library.
+//! `bitnet-export CHECKPOINT -o model.gguf` and `bitnet-export synthetic`: the
+//! commands around the library.
 
 #![forbid(unsafe_code)]
 
+use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bitnet_core::{ExitError, Layout, exit};
-use bitnet_export::{DenseType, ExportOptions, Phase, Progress, Report, export_with};
+use bitnet_export::{
+    DenseType, ExportError, ExportOptions, LayoutChoice, Phase, Progress, Report, SyntheticOptions,
+    SyntheticReport, export_with, model_config, synthesize,
+};
 use bitnet_format::json::write_json;
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
 
 /// Pack a checkpoint into one self-describing file.
 ///
 /// Every weight is read back and compared, and the engine must reproduce
 /// training's logits, before the file gets its name; an existing file is
-/// replaced only then.
+/// replaced only then. (A checkpoint folder called `synthetic` is `./synthetic`.)
 ///
 /// Exit codes: 0 done, 1 failed, 2 bad usage, 3 bad checkpoint, 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(name = "bitnet-export", version)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    pack: Pack,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Synthetic(Synthetic),
+}
+
+#[derive(Debug, clap::Args)]
+struct Pack {
     /// A checkpoint folder, a run folder or its `checkpoints` (the newest is
     /// taken), or a Hugging Face folder with ternary master weights.
-    checkpoint: PathBuf,
+    #[arg(required = true)]
+    checkpoint: Option<PathBuf>,
     /// The file to write.
-    #[arg(short, long, value_name = "FILE")]
-    output: PathBuf,
-    /// Byte layout of the ternary weights: p2.
-    #[arg(long, default_value = "p2", value_parser = layout)]
-    layout: Layout,
-    /// The model's name in the file [default: the run's name].
-    #[arg(long)]
-    name: Option<String>,
+    #[arg(short, long, value_name = "FILE", required = true)]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    common: Common,
     /// Type of the linear weights of a float twin; f16 rounds them, so that
     /// training's logits are not compared.
     #[arg(long, value_enum, default_value_t = Dense::F32)]
     dense: Dense,
+}
+
+/// Write a model of random weights in the shape of a training config.
+///
+/// The file is valid and runs; what it says is noise. It is written as a stream,
+/// in constant memory. A seed gives the same file on every machine.
+#[derive(Debug, clap::Args)]
+struct Synthetic {
+    /// A training config (only its table `model` is read): a path, or the name
+    /// of a file in a folder `configs` of the working directory, or of the
+    /// program's folder or one above it.
+    #[arg(long, value_name = "FILE|NAME")]
+    config: String,
+    /// Change a key of the table: model.num_hidden_layers=4. May be repeated.
+    #[arg(long, value_name = "model.KEY=VALUE")]
+    set: Vec<String>,
+    /// Seed of the weights.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// The file to write.
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// Byte layout of the ternary weights: p2 (2 bits), p5 (1.6 bits), or auto:
+    /// p2 up to 64 MiB of them, p5 above. The file is for every machine; one
+    /// without AVX-512 VBMI or NEON's table look-up is slow with p5.
+    #[arg(long, default_value = "auto", value_parser = layout)]
+    layout: LayoutChoice,
+    /// The model's name in the file [default: the run's or config's name].
+    #[arg(long)]
+    name: Option<String>,
     /// Write the report as JSON to a file, or to standard output (-).
     #[arg(long, value_name = "FILE|-")]
     json: Option<String>,
@@ -54,10 +107,10 @@ enum Dense {
     F16,
 }
 
-fn layout(name: &str) -> Result<Layout, String> {
-    Layout::from_name(name).ok_or_else(|| {
+fn layout(name: &str) -> Result<LayoutChoice, String> {
+    LayoutChoice::from_name(name).ok_or_else(|| {
         let known = Layout::ALL.map(Layout::name).join(", ");
-        format!("unknown layout; known: {known}")
+        format!("unknown layout; known: auto, {known}")
     })
 }
 
@@ -80,29 +133,65 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let flag = Arc::clone(&interrupted);
     ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed))
         .context("no handler for Ctrl-C")?;
-    let options = ExportOptions {
-        layout: args.layout,
-        name: args.name.clone(),
-        dense: match args.dense {
-            Dense::F32 => DenseType::F32,
-            Dense::F16 => DenseType::F16,
-        },
-    };
     let mut bar = Bar::default();
-    let report = export_with(&args.checkpoint, &args.output, &options, &mut |p| {
+    let mut progress = |p| {
         bar.show(p);
         match interrupted.load(Ordering::Relaxed) {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
         }
-    });
-    bar.end();
-    print(args, &report.map_err(ExitError::from)?)
+    };
+    match &args.command {
+        Some(Command::Synthetic(args)) => {
+            let report = synthetic(args, &mut progress);
+            bar.end();
+            print(&args.common, &report.map_err(ExitError::from)?)
+        }
+        None => {
+            let report = pack(&args.pack, &mut progress);
+            bar.end();
+            print(&args.pack.common, &report.map_err(ExitError::from)?)
+        }
+    }
+}
+
+type OnProgress<'p> = &'p mut dyn FnMut(Progress) -> ControlFlow<()>;
+
+fn pack(args: &Pack, progress: OnProgress<'_>) -> Result<Report, ExportError> {
+    let options = ExportOptions {
+        layout: args.common.layout,
+        name: args.common.name.clone(),
+        dense: match args.dense {
+            Dense::F32 => DenseType::F32,
+            Dense::F16 => DenseType::F16,
+        },
+    };
+    // Clap asks for both where there is no subcommand.
+    let (checkpoint, output) = (args.checkpoint.as_deref(), args.output.as_deref());
+    export_with(
+        checkpoint.unwrap_or("".as_ref()),
+        output.unwrap_or("".as_ref()),
+        &options,
+        progress,
+    )
+}
+
+fn synthetic(args: &Synthetic, progress: OnProgress<'_>) -> Result<SyntheticReport, ExportError> {
+    let config = model_config(&args.config, &args.set)?;
+    let stem = Path::new(&args.config).file_name().map(|n| n.to_string_lossy());
+    let stem = stem.as_deref().map(|n| n.strip_suffix(".toml").unwrap_or(n));
+    let default_name = format!("{}-synthetic", stem.unwrap_or_default());
+    let options = SyntheticOptions {
+        layout: args.common.layout,
+        seed: args.seed,
+        name: args.common.name.clone().unwrap_or(default_name),
+    };
+    synthesize(&config, &args.output, &options, progress)
 }
 
 /// The table goes to standard output, or to standard error where the JSON
 /// takes that place.
-fn print(args: &Args, report: &Report) -> anyhow::Result<()> {
+fn print(args: &Common, report: &(impl Serialize + Display)) -> anyhow::Result<()> {
     if args.json.as_deref() == Some("-") {
         eprintln!("{report}");
     } else {
@@ -114,44 +203,78 @@ fn print(args: &Args, report: &Report) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A bar on a terminal, one line a phase elsewhere.
+/// Without a terminal, a line of progress at most this often.
+const LINES_EVERY: Duration = Duration::from_secs(5);
+
+/// A bar on a terminal; elsewhere a line for each phase, and more in a long one.
 #[derive(Default)]
 struct Bar {
-    shown: Option<(Phase, ProgressBar)>,
+    shown: Option<Shown>,
 }
+
+/// The phase that is shown.
+struct Shown {
+    phase: Phase,
+    text: &'static str,
+    bar: Option<ProgressBar>,
+    start: Instant,
+    last_line: Instant,
+}
+
+impl Shown {
+    fn new(p: Progress) -> Self {
+        let (text, style) = match p.phase {
+            Phase::Pack => ("packing", PARAMETERS),
+            Phase::Compare => ("comparing", PARAMETERS),
+            Phase::Golden => ("running the engine", PARAMETERS),
+            Phase::Generate => ("writing", BYTES),
+            Phase::Flush => ("flushing to the disk", BYTES),
+        };
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(p.total), ProgressDrawTarget::stderr());
+            if let Ok(style) = ProgressStyle::with_template(style) {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(Duration::from_millis(200));
+            bar.set_message(text);
+            bar
+        });
+        if bar.is_none() {
+            let unit = if style == BYTES { "bytes" } else { "parameters" };
+            eprintln!("{text} ({} {unit})", p.total);
+        }
+        let now = Instant::now();
+        Self { phase: p.phase, text, bar, start: now, last_line: now }
+    }
+
+    fn update(&mut self, p: Progress) {
+        if let Some(bar) = &self.bar {
+            bar.set_position(p.done);
+        } else if self.last_line.elapsed() >= LINES_EVERY {
+            self.last_line = Instant::now();
+            let share = p.done as f64 / p.total.max(1) as f64;
+            let per_second = p.done as f64 / self.start.elapsed().as_secs_f64();
+            let left = (p.total.saturating_sub(p.done)) as f64 / per_second.max(1.0);
+            let (text, percent, millions) = (self.text, 100.0 * share, per_second / 1e6);
+            let unit = if self.phase == Phase::Generate { "MB" } else { "M parameters" };
+            eprintln!("{text}: {percent:.0} %, {millions:.0} {unit}/s, {left:.0} s left");
+        }
+    }
+}
+
+const PARAMETERS: &str = "{msg:20} {bar:30} {percent:>3} % {per_sec} {eta} left";
+const BYTES: &str = "{msg:20} {bar:30} {percent:>3} % {decimal_bytes_per_sec} {eta} left";
 
 impl Bar {
     fn show(&mut self, p: Progress) {
-        if self.shown.as_ref().is_none_or(|(phase, _)| *phase != p.phase) {
+        if self.shown.as_ref().is_none_or(|shown| shown.phase != p.phase) {
             self.end();
-            let text = match p.phase {
-                Phase::Pack => "packing",
-                Phase::Compare => "comparing",
-                Phase::Golden => "running the engine",
-            };
-            let bar = if std::io::stderr().is_terminal() {
-                let style = "{msg:20} {bar:30} {percent:>3} % {per_sec} {eta} left";
-                let bar =
-                    ProgressBar::with_draw_target(Some(p.total), ProgressDrawTarget::stderr());
-                if let Ok(style) = ProgressStyle::with_template(style) {
-                    bar.set_style(style);
-                }
-                bar.enable_steady_tick(Duration::from_millis(200));
-                bar
-            } else {
-                eprintln!("{text} ({} parameters)", p.total);
-                ProgressBar::hidden()
-            };
-            bar.set_message(text);
-            self.shown = Some((p.phase, bar));
         }
-        if let Some((_, bar)) = &self.shown {
-            bar.set_position(p.done);
-        }
+        self.shown.get_or_insert_with(|| Shown::new(p)).update(p);
     }
 
     fn end(&mut self) {
-        if let Some((_, bar)) = self.shown.take() {
+        if let Some(bar) = self.shown.take().and_then(|shown| shown.bar) {
             bar.finish_and_clear();
         }
     }

@@ -4,6 +4,8 @@ use std::io::Write;
 
 use bitnet_core::{Dtype, ModelConfig, TernaryMatrix};
 use bitnet_format::gguf::{GgmlType, GgufError, Header, Writer};
+use bitnet_format::hf::SpecialTokens;
+use bitnet_format::tokenizer::GgufTokenizer;
 
 use crate::plan::{Form, Item, Plan};
 use crate::source::{Golden, Source};
@@ -18,24 +20,28 @@ const ALIGNMENT: u64 = 64;
 /// Elements of a float tensor that are converted at a time.
 pub(crate) const CHUNK: usize = 1 << 20;
 
+/// What the keys of a file say besides its tensors.
+pub(crate) struct Keys<'k> {
+    pub(crate) config: &'k ModelConfig,
+    pub(crate) name: &'k str,
+    pub(crate) golden: Option<&'k Golden>,
+    pub(crate) tokenizer: &'k GgufTokenizer,
+    pub(crate) special: SpecialTokens,
+    pub(crate) chat_template: Option<&'k str>,
+}
+
 /// The keys and the tensor directory.
-pub(crate) fn header(
-    source: &Source,
-    plan: &Plan,
-    name: &str,
-    golden: Option<&Golden>,
-) -> Result<Header, ExportError> {
+pub(crate) fn header(keys: &Keys<'_>, plan: &Plan) -> Result<Header, ExportError> {
     let mut h = Header::new("the packed file", ALIGNMENT)?;
     h.put("general.architecture", ARCHITECTURE)?;
-    h.put("general.name", name)?;
+    h.put("general.name", keys.name)?;
     h.put("general.parameter_count", plan.parameters())?;
-    put_config(&mut h, source.checkpoint.config(), plan)?;
-    if let Some(golden) = golden {
+    put_config(&mut h, keys.config, plan)?;
+    if let Some(golden) = keys.golden {
         h.put(&own("golden.tokens"), &golden.tokens[..])?;
         h.put(&own("golden.logits"), &golden.logits[..])?;
     }
-    let special = source.checkpoint.special();
-    source.tokenizer.put(&mut h, special, source.chat_template.as_deref())?;
+    keys.tokenizer.put(&mut h, keys.special, keys.chat_template)?;
     for item in &plan.items {
         let (dims, ty) = item.directory(plan.layout);
         h.tensor(&item.weight(), &dims, ty)?;

@@ -5,8 +5,6 @@ use bitnet_core::names::{EMBEDDING, FINAL_NORM, LM_HEAD, Linear, Norm};
 use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
 use bitnet_format::gguf::GgmlType;
 
-use crate::ExportOptions;
-
 /// How the linear weights of a float twin are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DenseType {
@@ -84,9 +82,9 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    pub(crate) fn new(config: &ModelConfig, options: &ExportOptions) -> Self {
+    pub(crate) fn new(config: &ModelConfig, layout: Layout, dense: DenseType) -> Self {
         let table = Form::Float(config.embedding_dtype);
-        let linear_form = match (config.weight_quantizer, options.dense) {
+        let linear_form = match (config.weight_quantizer, dense) {
             (WeightQuantizer::Ternary, _) => Form::Ternary,
             (WeightQuantizer::None, DenseType::F32) => Form::Float(Dtype::F32),
             (WeightQuantizer::None, DenseType::F16) => Form::Float(Dtype::F16),
@@ -109,7 +107,7 @@ impl Plan {
             items.push(matrix(LM_HEAD.into(), "output", [vocab, hidden], table));
         }
         let rounds_linears = linear_form == Form::Float(Dtype::F16);
-        Self { layout: options.layout, items, rounds_linears }
+        Self { layout, items, rounds_linears }
     }
 
     /// Whether the file computes what training computed. (Embedding and head

@@ -23,6 +23,8 @@ pub struct Report {
     pub weight_quantizer: &'static str,
     /// Byte layout of the ternary matrices.
     pub layout: &'static str,
+    /// Why it is that one.
+    pub layout_reason: String,
     /// Tensors in the file; a scale is one.
     pub tensors: u64,
     /// Parameters of the model.
@@ -58,6 +60,7 @@ pub struct Report {
 /// What a report gets from the end of an export.
 pub(crate) struct Facts {
     pub(crate) name: String,
+    pub(crate) layout_reason: String,
     pub(crate) packed_bytes: u64,
     pub(crate) golden_error: Option<f32>,
     pub(crate) warnings: Vec<String>,
@@ -86,6 +89,7 @@ impl Report {
             name: facts.name,
             weight_quantizer: config.weight_quantizer.name(),
             layout: plan.layout.name(),
+            layout_reason: facts.layout_reason,
             tensors: counts.tensors,
             parameters: count.total(),
             linear_parameters: count.linear,
@@ -130,11 +134,13 @@ impl fmt::Display for Report {
         match self.zero_share {
             Some(zeros) => writeln!(
                 f,
-                "weights     {:.3} bits each in layout {}, {:.1} % zeros; all {} read back equal",
+                "weights     {:.3} bits each, {:.1} % zeros; all {} read back equal\n\
+                 layout      {} ({})",
                 self.bits_per_weight,
-                self.layout,
                 100.0 * zeros,
-                grouped(self.weights_compared)
+                grouped(self.weights_compared),
+                self.layout,
+                self.layout_reason
             )?,
             None => writeln!(
                 f,
@@ -157,7 +163,7 @@ impl fmt::Display for Report {
 }
 
 /// A number with a space between thousands.
-fn grouped(n: u64) -> String {
+pub(crate) fn grouped(n: u64) -> String {
     let digits = n.to_string();
     let mut out = String::new();
     for (i, c) in digits.chars().enumerate() {
