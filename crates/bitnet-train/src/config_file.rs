@@ -271,7 +271,7 @@ mod tests {
         assert_eq!(find_in(file.to_str().unwrap(), std::iter::empty()).unwrap(), file);
         for name in ["y", "./x", "configs/x.toml"] {
             let error = find_in(name, deep.ancestors().take(2)).unwrap_err();
-            assert_eq!(error.exit(), Exit::BadInput);
+            assert_eq!(error.exit(), Exit::Usage);
         }
     }
 
