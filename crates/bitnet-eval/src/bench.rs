@@ -1,7 +1,8 @@
 //! Speed of packed models beside the limits of the machine, measured in one run.
 //!
 //! The tests are llama-bench's: `pp512` runs 512 tokens as one prompt, `tg128`
-//! runs 128 tokens one by one from an empty context; sampling is not measured.
+//! runs 128 tokens one by one from an empty context, `tg32x8` 32 tokens of each of
+//! eight sequences in turn; sampling is not measured.
 //! With them run the limits (reading the mapped file, the peak of the int8
 //! instruction) and the products of a decoded token alone. All take turns,
 //! round after round, so that a busy minute of the machine meets all of them.
@@ -16,7 +17,9 @@ mod stats;
 use std::path::Path;
 use std::time::Instant;
 
-use bitnet_engine::{LoadOptions, Model, Session, SessionOptions};
+use bitnet_engine::{
+    BatchSession, EngineError, HeadMode, LoadOptions, Model, Session, SessionOptions,
+};
 use bitnet_kernels::Kernels;
 
 pub use cost::{TokenBytes, int8_operations};
@@ -33,6 +36,8 @@ pub struct BenchOptions {
     pub prompts: Vec<usize>,
     /// Tokens decoded; zeros are left out.
     pub generates: Vec<usize>,
+    /// Sequences decoded together; zeros are left out.
+    pub batches: Vec<usize>,
     /// Measured rounds, after one that is not.
     pub repeats: usize,
     /// How sessions run; threads, kernels and context are set by the bench.
@@ -46,6 +51,13 @@ pub enum Test {
     Prompt(usize),
     /// `tg<N>`: N tokens, one by one.
     Generate(usize),
+    /// `tg<N>x<B>`: N tokens of each of B sequences, one of each at a time.
+    Batch {
+        /// N.
+        tokens: usize,
+        /// B.
+        sequences: usize,
+    },
     /// `ternary_only`: the ternary products of one decoded token and nothing else.
     Ternary,
     /// `head_only`: the head of one decoded token and nothing else.
@@ -59,6 +71,7 @@ impl Test {
         match self {
             Self::Prompt(tokens) => format!("pp{tokens}"),
             Self::Generate(tokens) => format!("tg{tokens}"),
+            Self::Batch { tokens, sequences } => format!("tg{tokens}x{sequences}"),
             Self::Ternary => "ternary_only".into(),
             Self::Head => "head_only".into(),
         }
@@ -152,6 +165,12 @@ pub fn bench(
     Ok(Report::new(infos, &probes, &runs, options))
 }
 
+/// The most tokens of each sequence of a batch: a step is what is measured.
+const BATCH_TOKENS: usize = 32;
+
+/// The most sequences of a batch; each has a cache of its own.
+const MOST_SEQUENCES: usize = 1024;
+
 /// The tests asked for, checked against the contexts of all models.
 fn tests(models: &[Loaded], options: &BenchOptions) -> Result<Vec<Test>, EvalError> {
     let limit = models.iter().map(|m| m.model.config().max_position_embeddings).min().unwrap_or(0);
@@ -164,10 +183,19 @@ fn tests(models: &[Loaded], options: &BenchOptions) -> Result<Vec<Test>, EvalErr
             )));
         }
     }
-    let prompts = options.prompts.iter().map(|&n| Test::Prompt(n));
-    let generates = options.generates.iter().map(|&n| Test::Generate(n));
-    let none = [Test::Prompt(0), Test::Generate(0)];
-    let tests: Vec<Test> = prompts.chain(generates).filter(|test| !none.contains(test)).collect();
+    let some = |list: &[usize]| list.iter().copied().filter(|&n| n > 0).collect::<Vec<_>>();
+    let (prompts, generates) = (some(&options.prompts), some(&options.generates));
+    let most = generates.iter().copied().max().unwrap_or(0).min(BATCH_TOKENS);
+    let mut tests: Vec<Test> = prompts.into_iter().map(Test::Prompt).collect();
+    tests.extend(generates.into_iter().map(Test::Generate));
+    if most > 0 {
+        let batch = |sequences| Test::Batch { tokens: most, sequences };
+        tests.extend(some(&options.batches).into_iter().map(batch));
+    }
+    if let Some(sequences) = options.batches.iter().find(|&&n| n > MOST_SEQUENCES) {
+        let message = format!("--batch {sequences}: at most {MOST_SEQUENCES} sequences");
+        return Err(EvalError::Usage(message));
+    }
     if options.repeats == 0 || tests.is_empty() {
         return Err(EvalError::Usage("nothing to measure: no repeats or no tokens".into()));
     }
@@ -178,6 +206,7 @@ fn tests(models: &[Loaded], options: &BenchOptions) -> Result<Vec<Test>, EvalErr
 fn context(tests: &[Test]) -> usize {
     let tokens = tests.iter().map(|test| match *test {
         Test::Prompt(n) | Test::Generate(n) => n,
+        Test::Batch { tokens, .. } => tokens,
         Test::Ternary | Test::Head => 1,
     });
     tokens.max().unwrap_or(1)
@@ -187,9 +216,10 @@ fn context(tests: &[Test]) -> usize {
 pub(crate) struct Run<'a> {
     loaded: &'a Loaded,
     setting: Setting,
+    options: SessionOptions,
     session: Session,
+    batch: Option<BatchSession>,
     products: Products<'a>,
-    chunk: usize,
     /// Each test and its tokens per second, round by round.
     speeds: Vec<(Test, Vec<f64>)>,
 }
@@ -201,26 +231,22 @@ impl<'a> Run<'a> {
         tests: &[Test],
         options: &BenchOptions,
     ) -> Result<Self, EvalError> {
-        let session = SessionOptions {
+        let session_options = SessionOptions {
             threads: Some(setting.threads),
             kernels: Some(setting.kernels),
             context: Some(context(tests)),
             ..options.session.clone()
         };
+        let session = Session::new(&loaded.model, &session_options)?;
         let products = Products::new(&loaded.model, setting);
+        let batch = batch(&session, tests, &session_options)?;
         let mut tests = tests.to_vec();
         if tests.iter().any(|test| matches!(test, Test::Generate(_))) {
             tests.extend(products.has_ternary().then_some(Test::Ternary));
-            tests.push(Test::Head);
+            tests.extend((session.head() == HeadMode::Stored).then_some(Test::Head));
         }
-        Ok(Self {
-            loaded,
-            setting,
-            chunk: session.chunk,
-            session: Session::new(&loaded.model, &session)?,
-            products,
-            speeds: tests.into_iter().map(|test| (test, Vec::new())).collect(),
-        })
+        let speeds = tests.into_iter().map(|test| (test, Vec::new())).collect();
+        Ok(Self { loaded, setting, options: session_options, session, batch, products, speeds })
     }
 
     fn name(&self, test: usize) -> String {
@@ -246,10 +272,16 @@ impl<'a> Run<'a> {
             }
             Test::Generate(n) => {
                 let tokens = pseudo_text(n, vocab);
-                self.timed(n, |session| {
-                    tokens.iter().try_for_each(|&token| session.decode(token).map(|_| ()))
+                self.timed(n, |session| match session.head() {
+                    HeadMode::Stored => {
+                        tokens.iter().try_for_each(|&token| session.decode(token).map(|_| ()))
+                    }
+                    HeadMode::Int8Exact => {
+                        tokens.iter().try_for_each(|&t| session.decode_top(t, 1).map(|_| ()))
+                    }
                 })?
             }
+            Test::Batch { tokens, sequences } => self.batched(tokens, sequences)?,
             Test::Ternary => self.products.ternary(),
             Test::Head => self.products.head(),
         };
@@ -263,13 +295,47 @@ impl<'a> Run<'a> {
     fn timed(
         &mut self,
         tokens: usize,
-        work: impl FnOnce(&mut Session) -> Result<(), bitnet_engine::EngineError>,
+        work: impl FnOnce(&mut Session) -> Result<(), EngineError>,
     ) -> Result<f64, EvalError> {
         self.session.reset();
         let start = Instant::now();
         work(&mut self.session)?;
         Ok(tokens as f64 / start.elapsed().as_secs_f64().max(1e-9))
     }
+
+    /// Tokens per second of all sequences together, from empty contexts.
+    fn batched(&mut self, tokens: usize, sequences: usize) -> Result<f64, EvalError> {
+        let text = pseudo_text(tokens * sequences, self.loaded.model.config().vocab_size);
+        let Some(batch) = &mut self.batch else { return Ok(0.0) };
+        (0..sequences).try_for_each(|i| batch.truncate(i, 0))?;
+        let start = Instant::now();
+        for step in text.chunks_exact(sequences) {
+            let step: Vec<(usize, u32)> = step.iter().copied().enumerate().collect();
+            batch.decode(&step)?;
+        }
+        Ok(text.len() as f64 / start.elapsed().as_secs_f64().max(1e-9))
+    }
+}
+
+/// Room for the largest batch of the tests, on the threads of `session`.
+fn batch(
+    session: &Session,
+    tests: &[Test],
+    options: &SessionOptions,
+) -> Result<Option<BatchSession>, EvalError> {
+    let batches = tests.iter().filter_map(|test| match *test {
+        Test::Batch { tokens, sequences } => Some((sequences, tokens)),
+        _ => None,
+    });
+    let Some((sequences, tokens)) = batches.max() else { return Ok(None) };
+    let options = SessionOptions {
+        context: Some(tokens),
+        // A batch reads the stored head once for all.
+        head: HeadMode::Stored,
+        ..options.clone()
+    };
+    let workers = session.workers().clone();
+    Ok(Some(BatchSession::with_workers(session.model(), &options, sequences, workers)?))
 }
 
 /// How often a measurement that takes `seconds` is repeated within one, so that

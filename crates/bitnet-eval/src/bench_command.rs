@@ -4,10 +4,10 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use bitnet_core::exit::ExitError;
-use bitnet_engine::{EngineError, physical_cores};
+use bitnet_engine::{EngineError, HeadMode, SessionOptions, physical_cores};
 use bitnet_eval::bench::{BenchOptions, Loaded, Setting, bench, matrix};
 use bitnet_kernels::{IsaError, Kernels};
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use crate::{RunArgs, coded};
 
@@ -24,14 +24,14 @@ Examples:
   bitnet-eval bench p2.gguf p5.gguf --matrix --isa avx512vbmi,avx2
 
 Tests: pp<N> runs N tokens as one prompt, tg<N> runs N tokens one by one from an empty
-context; ternary_only and head_only are those products of one decoded token alone.
+context, tg<N>x<B> decodes N tokens of each of B sequences together; ternary_only and head_only are those products of one decoded token alone.
 
 JSON: `results`, a list of rows with model, layout, isa, threads, test, tokens_per_second
 (the median) with _min and _max, repeats, gb_per_second, share_of_bandwidth,
 share_of_int8_peak, bytes_per_token and its parts linear_bytes_per_token,
 head_bytes_per_token and kv_bytes_per_token (at the mean context), share_outside_products,
 peak_rss_bytes (of the process: all sessions of a matrix together).
-`models`: model, layout, file_bytes, kv_cache_bytes, load_seconds, first_logits_seconds.
+`kv` and `head`: the options. `models`: model, layout, file_bytes, kv_cache_bytes, load_seconds, first_logits_seconds.
 `limits`: lists `read` (model, bytes, isa, threads, gb_per_second and _best) and `int8`
 (isa, threads, gop_per_second and _best).")]
 pub(crate) struct BenchArgs {
@@ -44,6 +44,13 @@ pub(crate) struct BenchArgs {
     /// Tokens to decode; 0 leaves the test out [default: 128, at most the context]
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
     generate: Vec<usize>,
+    /// Sequences to decode together, --generate or 32 tokens of each, whichever is less;
+    /// 0 leaves the test out
+    #[arg(long, value_name = "B,...", value_delimiter = ',', default_values_t = [2, 4, 8, 16])]
+    batch: Vec<usize>,
+    /// How the best token is found in tg<N>: from all logits, or exactly by an int8 scan
+    #[arg(long, value_enum, default_value_t = HeadArg::Stored)]
+    head: HeadArg,
     /// Measured runs of each test
     #[arg(long, value_name = "N", default_value_t = 5)]
     repeats: usize,
@@ -55,6 +62,12 @@ pub(crate) struct BenchArgs {
     matrix: bool,
     #[command(flatten)]
     run: RunArgs,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum HeadArg {
+    Stored,
+    Int8,
 }
 
 impl BenchArgs {
@@ -72,8 +85,15 @@ impl BenchArgs {
         let options = BenchOptions {
             prompts: or(&self.prompt, 512),
             generates: or(&self.generate, 128),
+            batches: self.batch.clone(),
             repeats: self.repeats,
-            session: self.run.session(None),
+            session: SessionOptions {
+                head: match self.head {
+                    HeadArg::Stored => HeadMode::Stored,
+                    HeadArg::Int8 => HeadMode::Int8Exact,
+                },
+                ..self.run.session(None)
+            },
         };
         let progress = Progress::new();
         let report = bench(&models, &settings, &options, &mut |done, total, name| {

@@ -26,7 +26,8 @@ fn model(dir: &tempfile::TempDir, name: &str, config: &ModelConfig) -> PathBuf {
 fn bench(models: &[&Path], args: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet-eval"));
     command.env_remove("BITNET_ISA").env_remove("RUST_LOG").arg("bench").args(models);
-    command.args(["--prompt", "32", "--generate", "8", "--repeats", "2"]).args(args);
+    command.args(["--prompt", "32", "--generate", "8", "--batch", "4", "--repeats", "2"]);
+    command.args(args);
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     output
@@ -51,7 +52,7 @@ fn rows_have_every_key_and_numbers_that_agree() {
     let path = model(&dir, "m.gguf", &ModelConfig::tiny());
     let report = json(&bench(&[&path], &["--threads", "1", "--json", "-"]));
     let rows = &report["results"];
-    assert_eq!(column(rows, "test"), ["pp32", "tg8", "ternary_only", "head_only"]);
+    assert_eq!(column(rows, "test"), ["pp32", "tg8", "tg8x4", "ternary_only", "head_only"]);
     let rows = rows.as_array().unwrap();
     for row in rows {
         assert_eq!(row["model"], path.to_str().unwrap());
@@ -68,12 +69,14 @@ fn rows_have_every_key_and_numbers_that_agree() {
         assert!(row.get("peak_rss_bytes").is_some());
     }
     // A token's parts: all weights while decoding, a share of them in a prompt.
-    let [prompt, decode, ternary, head] = &rows[..] else { panic!("four rows") };
+    let [prompt, decode, batch, ternary, head] = &rows[..] else { panic!("five rows") };
     let linear = number(decode, "linear_bytes_per_token");
     assert_eq!(number(ternary, "bytes_per_token"), linear);
     assert_eq!(number(head, "bytes_per_token"), number(decode, "head_bytes_per_token"));
     assert_eq!(number(prompt, "linear_bytes_per_token"), (linear / 32.0).round());
     assert!(number(decode, "kv_bytes_per_token") > 0.0);
+    assert_eq!(number(batch, "linear_bytes_per_token"), (linear / 4.0).round());
+    assert_eq!(number(batch, "kv_bytes_per_token"), number(decode, "kv_bytes_per_token"));
     let [limit] = &report["limits"]["read"].as_array().unwrap()[..] else { panic!("one limit") };
     assert_eq!(limit["bytes"], std::fs::metadata(&path).unwrap().len());
     assert!(number(limit, "gb_per_second") <= number(limit, "gb_per_second_best"));
@@ -83,6 +86,20 @@ fn rows_have_every_key_and_numbers_that_agree() {
     let opened = &report["models"][0];
     assert!(number(opened, "load_seconds") > 0.0 && number(opened, "first_logits_seconds") > 0.0);
     assert_eq!(opened["file_bytes"], limit["bytes"]);
+}
+
+#[test]
+fn the_int8_head_reads_fewer_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(&dir, "m.gguf", &ModelConfig::tiny());
+    let of = |head| json(&bench(&[&path], &["--threads", "1", "--head", head, "--json", "-"]));
+    let (stored, int8) = (of("stored"), of("int8"));
+    assert_eq!((&stored["head"], &int8["head"]), (&"stored".into(), &"int8".into()));
+    // The head alone is that of the file.
+    assert_eq!(column(&int8["results"], "test"), ["pp32", "tg8", "tg8x4", "ternary_only"]);
+    let head = |report: &Value| number(&report["results"][1], "head_bytes_per_token");
+    assert!(head(&int8) < head(&stored) && head(&int8) > 0.0);
+    assert!(int8["results"][1]["share_outside_products"].is_null());
 }
 
 #[test]

@@ -272,6 +272,7 @@ fn bad_usage_and_bad_files_are_told_apart() {
         (vec![&"bench", &missing], 3, "missing.gguf"),
         (vec![&"bench", &model, &missing], 3, "missing.gguf"),
         (vec![&"bench"], 2, "MODEL"),
+        (vec![&"bench", &model, &"--batch", &"5000"], 2, "--batch 5000: at most 1024"),
         (vec![&"bench", &model, &"--isa", &"mmx"], 2, "unknown instruction set `mmx`"),
         (vec![&"bench", &model, &"--repeats", &"0"], 2, "nothing to measure"),
         (vec![&"bench", &model, &"--prompt", &"129"], 2, "--prompt 129 is longer"),

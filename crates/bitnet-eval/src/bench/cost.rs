@@ -3,7 +3,8 @@
 
 use bitnet_core::names::Linear;
 use bitnet_core::{ModelConfig, WeightQuantizer};
-use bitnet_engine::{KvType, Model};
+use bitnet_engine::{HeadMode, KvType, Model, SessionOptions};
+use bitnet_kernels::Int8Rows;
 
 use super::Test;
 
@@ -28,14 +29,15 @@ impl TokenBytes {
         self.linear + self.head + self.kv + self.norms
     }
 
-    /// Of a test on a model whose prompts run `chunk` tokens at a time.
+    /// Of a test on a model in sessions of these options.
     #[must_use]
-    pub fn of(test: Test, model: &Model, kv: KvType, chunk: usize) -> Self {
+    pub fn of(test: Test, model: &Model, session: &SessionOptions) -> Self {
+        let chunk = session.chunk;
         let parts = model.parts();
         let linear = (parts.ternary + parts.dense) as f64;
         let norms = parts.norms as f64;
         let head = model.bytes_per_token() as f64 - linear - norms;
-        let position = kv_position_bytes(kv, model.config());
+        let position = kv_position_bytes(session.kv, model.config());
         match test {
             Test::Prompt(tokens) => {
                 let n = tokens as f64;
@@ -50,7 +52,16 @@ impl TokenBytes {
                 }
             }
             Test::Generate(tokens) => {
+                let head = match session.head {
+                    HeadMode::Stored => head,
+                    HeadMode::Int8Exact => int8_head_bytes(model.config()),
+                };
                 Self { linear, head, norms, kv: position * (tokens as f64 + 1.0) / 2.0 }
+            }
+            Test::Batch { tokens, sequences } => {
+                let n = sequences as f64;
+                let kv = position * (tokens as f64 + 1.0) / 2.0;
+                Self { linear: linear / n, head: head / n, norms: norms / n, kv }
             }
             Test::Ternary => Self { linear, ..Self::default() },
             Test::Head => Self { head, ..Self::default() },
@@ -62,6 +73,12 @@ impl TokenBytes {
 fn kv_position_bytes(kv: KvType, config: &ModelConfig) -> f64 {
     // Of many positions, because keys lie in blocks of some.
     kv.bytes(config, 1024) as f64 / 1024.0
+}
+
+/// Bytes of a scan of the int8 head: rows, and three numbers for each. The few
+/// rows that are scored exactly after it are not counted.
+fn int8_head_bytes(config: &ModelConfig) -> f64 {
+    (config.vocab_size * (Int8Rows::stride(config.hidden_size) + 3 * 4)) as f64
 }
 
 /// Integer operations of one token in the ternary products, a multiply-add being

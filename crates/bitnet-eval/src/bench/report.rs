@@ -1,7 +1,7 @@
 //! What a bench reports: rows and limits for programs, a table for people.
 
 use bitnet_core::WeightQuantizer;
-use bitnet_engine::{KvType, Model, SessionOptions};
+use bitnet_engine::{Model, SessionOptions};
 use serde::Serialize;
 
 use super::limits::{Kind, Probe};
@@ -14,6 +14,8 @@ pub struct Report {
     pub models: Vec<ModelInfo>,
     /// Element type of the key and value caches.
     pub kv: &'static str,
+    /// How tokens decoded one by one use the head: `stored` or `int8`.
+    pub head: &'static str,
     /// A row for each model, setting and test.
     pub results: Vec<Row>,
     /// What the machine can do.
@@ -48,7 +50,7 @@ pub struct Row {
     pub isa: &'static str,
     /// Threads.
     pub threads: usize,
-    /// `pp<N>`, `tg<N>`, `ternary_only` or `head_only`.
+    /// `pp<N>`, `tg<N>`, `tg<N>x<B>`, `ternary_only` or `head_only`.
     pub test: String,
     /// The median of the rounds.
     pub tokens_per_second: f64,
@@ -175,9 +177,9 @@ impl Report {
             of_kind.map(|p| Limit::new(p, &models)).collect::<Vec<_>>()
         };
         let limits = Limits { read: limits(false), int8: limits(true) };
-        let kv = options.session.kv;
-        let results = runs.iter().flat_map(|run| rows(run, &limits, kv)).collect();
-        Self { kv: kv.name(), results, limits, models }
+        let (kv, head) = (options.session.kv.name(), options.session.head.name());
+        let results = runs.iter().flat_map(|run| rows(run, &limits)).collect();
+        Self { kv, head, results, limits, models }
     }
 }
 
@@ -187,7 +189,7 @@ fn layout(model: &Model) -> &'static str {
 }
 
 /// The rows of a run.
-fn rows(run: &Run<'_>, limits: &Limits, kv: KvType) -> Vec<Row> {
+fn rows(run: &Run<'_>, limits: &Limits) -> Vec<Row> {
     let median = |wanted: Test| {
         let found = run.speeds.iter().find(|(test, _)| *test == wanted);
         found.map(|(_, speeds)| Spread::of(speeds).median)
@@ -196,7 +198,7 @@ fn rows(run: &Run<'_>, limits: &Limits, kv: KvType) -> Vec<Row> {
     let row = |(test, speeds): &(Test, Vec<f64>)| {
         let products = products.filter(|_| matches!(test, Test::Generate(_)));
         let outside = |speed: f64| products.map(|(a, b)| 1.0 - speed * (1.0 / a + 1.0 / b));
-        row(run, *test, Spread::of(speeds), limits, kv, outside)
+        row(run, *test, Spread::of(speeds), limits, outside)
     };
     run.speeds.iter().map(row).collect()
 }
@@ -206,12 +208,11 @@ fn row(
     test: Test,
     speed: Spread,
     limits: &Limits,
-    kv: KvType,
     outside: impl Fn(f64) -> Option<f64>,
 ) -> Row {
     let model = &run.loaded.model;
     let (isa, threads) = (run.setting.kernels.name(), run.setting.threads);
-    let bytes = TokenBytes::of(test, model, kv, run.chunk);
+    let bytes = TokenBytes::of(test, model, &run.options);
     let gb_per_second = speed.median * bytes.total() / 1e9;
     let read = limits
         .read
@@ -260,13 +261,14 @@ impl Report {
 
     fn model_part(&self, model: &ModelInfo) -> String {
         let mut text = format!(
-            "{}\n  {}, layout {}; opened in {}, first logits {} later; kv {}\n\n",
+            "{}\n  {}, layout {}; opened in {}, first logits {} later; kv {}, head {}\n\n",
             model.model,
             bytes(model.file_bytes as f64),
             model.layout,
             time(model.load_seconds),
             time(model.first_logits_seconds),
             self.kv,
+            self.head,
         );
         text += "  limit         isa         threads            rate        (best)\n";
         let reads =
