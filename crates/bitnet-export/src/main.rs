@@ -65,7 +65,8 @@ struct Pack {
 /// Write a model of random weights in the shape of a training config.
 ///
 /// The file is valid and runs; what it says is noise. It is written as a stream,
-/// in constant memory. A seed gives the same file on every machine.
+/// in constant memory. A seed gives the same weights on every machine and in
+/// every layout.
 #[derive(Debug, clap::Args)]
 struct Synthetic {
     /// A training config (only its table `model` is read): a path, or the name

@@ -57,6 +57,7 @@ fn the_engine_verifies_and_runs_them() {
     let dir = tempfile::tempdir().unwrap();
     for name in ["tiny", "125m"] {
         let config = model_config(shipped(name).to_str().unwrap(), &[]).unwrap();
+        let mut said = Vec::new();
         for layout in Layout::ALL {
             let path = dir.path().join("m.gguf");
             let report = write(&config, &path, &options(layout.into(), 7));
@@ -79,7 +80,10 @@ fn the_engine_verifies_and_runs_them() {
             // Logits of a model at the start of its training: about a normal
             // distribution's, of variance hidden · 0.02².
             assert!(largest > 0.1 && largest < 20.0, "{name} {layout:?}: {largest}");
+            said.push(tokens);
         }
+        // Same seed, same weights, whatever the layout.
+        assert_eq!(said[0], said[1], "{name}");
     }
 }
 

@@ -1,16 +1,18 @@
 //! Random rows, made as bytes: ternary ones directly in their layout, floats
-//! directly in their type. Twelve random bits look a value up in a table, five
-//! values to a 64-bit number, so that the disk is slower than this.
+//! directly in their type, at a gigabyte a second, so that the disk is slower.
 
-use bitnet_core::matrix::BLOCK_BYTES;
+use bitnet_core::matrix::{BLOCK_BYTES, p5_byte};
 use bitnet_core::{Dtype, Layout};
 
 use crate::pack::encode;
 
-/// Share of zeros among ternary weights, about BitNet b1.58 2B4T's.
-pub(crate) const ZEROS: f64 = 0.42;
+/// So many of the 256 values of a random byte give -1, and as many 1.
+const MINUS: u8 = 74;
 
-/// Random bits of a value.
+/// Share of zeros among ternary weights, 0.42: about BitNet b1.58 2B4T's.
+pub(crate) const ZEROS: f64 = 1.0 - 2.0 * MINUS as f64 / 256.0;
+
+/// Random bits of a float; it is looked up in a table, five to a 64-bit number.
 const BITS: u32 = 12;
 /// Entries of a table.
 const ENTRIES: usize = 1 << BITS;
@@ -51,16 +53,16 @@ impl Rng {
 }
 
 /// What the rows of a tensor are made of.
-pub(crate) enum Fill<'t> {
+pub(crate) enum Fill {
     /// Packed trits, [`ZEROS`] of them zero and the others as often 1 as -1.
-    Ternary(&'t Trits),
+    Ternary(Layout),
     /// Floats of two bytes.
     Half(Box<[[u8; 2]; ENTRIES]>),
     /// Floats of four bytes.
     Single(Box<[[u8; 4]; ENTRIES]>),
 }
 
-impl Fill<'_> {
+impl Fill {
     /// Floats from -`limit` to `limit`, all as likely.
     pub(crate) fn uniform(limit: f32, dtype: Dtype) -> Self {
         let value = |i| (2.0 * (i as f32 + 0.5) / ENTRIES as f32 - 1.0) * limit;
@@ -74,7 +76,7 @@ impl Fill<'_> {
     /// One row of `cols` values; `out` has the bytes of a row.
     pub(crate) fn row(&self, mut rng: Rng, cols: usize, out: &mut [u8]) {
         match self {
-            Self::Ternary(trits) => trits.row(&mut rng, cols, out),
+            Self::Ternary(layout) => trits(*layout, &mut rng, cols, out),
             Self::Half(table) => rng.choose(table, out.as_chunks_mut().0),
             Self::Single(table) => rng.choose(table, out.as_chunks_mut().0),
         }
@@ -87,56 +89,51 @@ fn table<T: Copy + Default>(values: &[T]) -> Box<[T; ENTRIES]> {
     out
 }
 
-/// Tables of the bytes of a layout, each as often as its trits are likely.
-pub(crate) struct Trits {
-    layout: Layout,
-    /// `tables[n]`: the first `n` trits of a byte are random, the rest zero, as
-    /// the padding of a row must be.
-    tables: Vec<Box<[u8; ENTRIES]>>,
+/// The codes (trit + 1) of `n` weights, a random byte each. They do not depend on
+/// the layout: a seed is the same model in every one.
+#[inline(always)]
+fn codes(rng: &mut Rng, n: usize, out: &mut [u8]) {
+    let (random, padding) = out.split_at_mut(n);
+    let (eights, rest) = random.as_chunks_mut::<8>();
+    eights.iter_mut().for_each(|eight| *eight = rng.next().to_le_bytes());
+    if !rest.is_empty() {
+        let last = rng.next().to_le_bytes();
+        rest.copy_from_slice(&last[..rest.len()]);
+    }
+    for byte in random {
+        *byte = u8::from(*byte >= MINUS) + u8::from(*byte > u8::MAX - MINUS);
+    }
+    // The zero weight.
+    padding.fill(1);
 }
 
-impl Trits {
-    pub(crate) fn new(layout: Layout) -> Self {
-        let most = layout.block_weights() / BLOCK_BYTES;
-        Self { layout, tables: (0..=most).map(|n| bytes(layout, n)).collect() }
-    }
-
-    fn row(&self, rng: &mut Rng, cols: usize, out: &mut [u8]) {
-        let block = self.layout.block_weights();
-        let (whole, last) = out.split_at_mut(cols / block * BLOCK_BYTES);
-        rng.choose(&self.tables[self.tables.len() - 1], whole);
-        // Trit p of byte j is weight 64p + j of the block.
-        let rest = cols % block;
-        for (j, byte) in last.iter_mut().enumerate() {
-            let live = rest.saturating_sub(j).div_ceil(BLOCK_BYTES);
-            rng.choose(&self.tables[live], std::slice::from_mut(byte));
-        }
+/// A row of trits; `out` has [`Layout::row_bytes`] bytes.
+fn trits(layout: Layout, rng: &mut Rng, cols: usize, out: &mut [u8]) {
+    match layout {
+        Layout::P2 => blocks::<4>(rng, cols, out, |c| c[0] | c[1] << 2 | c[2] << 4 | c[3] << 6),
+        Layout::P5 => blocks::<5>(rng, cols, out, p5_byte),
     }
 }
 
-/// The table of bytes whose first `n` trits are random: combination after
-/// combination, each up to where its share of the probability ends.
-fn bytes(layout: Layout, n: usize) -> Box<[u8; ENTRIES]> {
-    let mut out = Box::new([0u8; ENTRIES]);
-    let mut packed = [0u8; BLOCK_BYTES];
-    let (mut end, mut filled) = (0.0, 0);
-    let combinations = 3usize.pow(n as u32);
-    for combination in 0..combinations {
-        let mut trits = vec![0i8; layout.block_weights()];
-        let mut probability = 1.0;
-        for p in 0..n {
-            let trit = (combination / 3usize.pow(p as u32) % 3) as i8 - 1;
-            probability *= if trit == 0 { ZEROS } else { (1.0 - ZEROS) / 2.0 };
-            trits[BLOCK_BYTES * p] = trit;
+/// [`Layout::pack_row`] block by block, in a form that compiles to vector code;
+/// `N` codes go to a byte.
+#[inline(always)]
+fn blocks<const N: usize>(
+    rng: &mut Rng,
+    cols: usize,
+    out: &mut [u8],
+    byte: impl Fn([u8; N]) -> u8,
+) {
+    let mut planes = [[0u8; BLOCK_BYTES]; N];
+    let mut left = cols;
+    for block in out.as_chunks_mut::<BLOCK_BYTES>().0 {
+        let n = left.min(N * BLOCK_BYTES);
+        codes(rng, n, planes.as_flattened_mut());
+        left -= n;
+        for (j, out) in block.iter_mut().enumerate() {
+            *out = byte(std::array::from_fn(|p| planes[p][j]));
         }
-        layout.pack_row(&trits, &mut packed);
-        end += probability;
-        let last = combination + 1 == combinations;
-        let until = if last { ENTRIES } else { (end * ENTRIES as f64).round() as usize };
-        out[filled..until].fill(packed[0]);
-        filled = until;
     }
-    out
 }
 
 #[cfg(test)]
@@ -144,25 +141,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_are_valid_and_have_their_share_of_zeros() {
-        for layout in Layout::ALL {
-            let trits = Trits::new(layout);
-            for cols in [1, 63, 64, 65, 255, 256, 257, 319, 320, 321, 576, 6400] {
-                let mut counts = [0usize; 3];
-                let rows = 40_000 / cols + 1;
-                for row in 0..rows {
-                    let mut bytes = vec![0; layout.row_bytes(cols)];
-                    Fill::Ternary(&trits).row(Rng::of_row(1, 2, row as u64), cols, &mut bytes);
-                    let mut found = vec![0i8; cols];
-                    layout.unpack_row(&bytes, &mut found).unwrap();
-                    found.iter().for_each(|t| counts[(t + 1) as usize] += 1);
-                }
-                let share = |n: usize| n as f64 / (rows * cols) as f64;
-                let [minus, zero, plus] = counts.map(share);
-                assert!((zero - ZEROS).abs() < 0.015, "{layout:?} {cols}: {zero}");
-                assert!((minus - plus).abs() < 0.02, "{layout:?} {cols}: {minus} {plus}");
+    fn rows_are_packed_by_the_definition() {
+        for cols in [1, 7, 63, 64, 65, 255, 256, 257, 319, 320, 321, 576, 6400] {
+            let mut unpacked = Vec::new();
+            for layout in Layout::ALL {
+                let mut bytes = vec![0; layout.row_bytes(cols)];
+                Fill::Ternary(layout).row(Rng::of_row(1, 2, 3), cols, &mut bytes);
+                let mut trits = vec![0i8; cols];
+                layout.unpack_row(&bytes, &mut trits).unwrap();
+                let mut packed = vec![0; bytes.len()];
+                layout.pack_row(&trits, &mut packed);
+                assert_eq!(packed, bytes);
+                unpacked.push(trits);
             }
+            // A row is the same in every layout.
+            assert_eq!(unpacked[0], unpacked[1], "{cols}");
         }
+    }
+
+    #[test]
+    fn rows_have_their_share_of_zeros() {
+        let mut bytes = vec![0; Layout::P2.row_bytes(100_000)];
+        Fill::Ternary(Layout::P2).row(Rng::of_row(1, 2, 3), 100_000, &mut bytes);
+        let mut trits = vec![0i8; 100_000];
+        Layout::P2.unpack_row(&bytes, &mut trits).unwrap();
+        let share = |t: i8| trits.iter().filter(|x| **x == t).count() as f64 / 1e5;
+        assert!((share(0) - ZEROS).abs() < 0.01 && (ZEROS - 0.42).abs() < 0.005);
+        assert!((share(1) - share(-1)).abs() < 0.01);
     }
 
     #[test]

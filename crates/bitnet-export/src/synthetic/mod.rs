@@ -3,7 +3,8 @@
 //!
 //! The bytes are made in the layout, several megabytes at a time, while those
 //! before are written: memory does not grow with the model. A seed gives the
-//! same file on every machine, whatever the number of threads.
+//! same weights on every machine and in every layout, whatever the number of
+//! threads.
 
 mod config;
 mod fill;
@@ -30,7 +31,7 @@ use crate::pack::{self, Keys};
 use crate::plan::{DenseType, Form, Item, Plan};
 use crate::report::{grouped, is_linear};
 use crate::{ExportError, Phase, Progress};
-use fill::{Fill, Rng, Trits, ZEROS};
+use fill::{Fill, Rng, ZEROS};
 
 /// Bytes that are made at a time, and as many again while these are written.
 const BATCH_BYTES: usize = 8 << 20;
@@ -119,7 +120,7 @@ pub fn synthesize(
 
     let out = AtomicFile::create(dst).named(dst)?;
     let mut writer = Writer::start(out, header)?;
-    let maker = Maker { plan: &plan, seed: options.seed, trits: Trits::new(layout) };
+    let maker = Maker { plan: &plan, seed: options.seed };
     let mut now = Progress { phase: Phase::Generate, done: 0, total };
     maker.write(&mut writer, |bytes| {
         now.done += bytes;
@@ -170,7 +171,6 @@ struct Piece {
 struct Maker<'p> {
     plan: &'p Plan,
     seed: u64,
-    trits: Trits,
 }
 
 impl Maker<'_> {
@@ -240,7 +240,7 @@ impl Maker<'_> {
                     bytes.as_chunks_mut().0.fill(1.0f32.to_le_bytes());
                     continue;
                 }
-                Form::Ternary => Fill::Ternary(&self.trits),
+                Form::Ternary => Fill::Ternary(self.plan.layout),
                 Form::Float(dtype) if is_linear(item) => {
                     // A variance of 1 / fan-in.
                     Fill::uniform((3.0 / item.cols as f32).sqrt(), dtype)
