@@ -7,6 +7,13 @@ use bitnet_core::{Layout, ModelConfig, WeightQuantizer};
 /// Up to this many bytes of ternary weights (in layout p2) `auto` takes p2,
 /// above it p5: weights in cache are decoded faster in p2, weights from memory
 /// in p5.
+///
+/// Fastest runs of `cargo bench -p bitnet-kernels -- gemv --best` on a busy
+/// 2-core machine with AVX-512 VBMI, one thread, in Gweights/s: 4M weights (1 MB)
+/// p2 169, p5 121; 96M (24 MB) 109 both; 480M (120 MB) p2 15, p5 20. The limit
+/// lies between the last two. Without VBMI p5 is slow at every size (480M, AVX2:
+/// 3 against p2's 14), but the rule knows the model only: the file is for every
+/// machine.
 pub const AUTO_P2_BYTES: u64 = 64 << 20;
 
 /// The layout that is asked for.
