@@ -140,8 +140,10 @@ pub fn bench(
         for &setting in settings {
             runs.push(Run::new(loaded, setting, &tests, options)?);
         }
-        let seconds = runs[first..].first_mut().map_or(Ok(0.0), Run::first_logits)?;
-        infos.push(ModelInfo::new(loaded, seconds, &options.session, context(&tests)));
+        if let Some(run) = runs.get_mut(first) {
+            let seconds = run.first_logits()?;
+            infos.push(ModelInfo::new(loaded, seconds, run.kv_bytes()));
+        }
     }
     let mut probes = limits::probes(models, settings);
     let each: usize = probes.len() + runs.iter().map(|r| r.speeds.len()).sum::<usize>();
@@ -252,6 +254,13 @@ impl<'a> Run<'a> {
     fn name(&self, test: usize) -> String {
         let Setting { kernels, threads } = self.setting;
         format!("{} {} x{threads}", self.speeds[test].0.name(), kernels.name())
+    }
+
+    /// Bytes of the keys and values of its sessions.
+    fn kv_bytes(&self) -> u64 {
+        let of = |context| self.options.kv.bytes(self.loaded.model.config(), context);
+        let batch = self.batch.as_ref().map_or(0, |b| b.sequences() as u64 * of(b.context()));
+        of(self.session.context()) + batch
     }
 
     /// Seconds that the first token takes.

@@ -97,39 +97,6 @@ fn tokens(count: usize, cols: usize) -> QuantizedTokens {
     x
 }
 
-/// Reads all bytes and does nothing else with them.
-fn read(bytes: &[u8]) -> u64 {
-    #[cfg(target_arch = "x86_64")]
-    if std::arch::is_x86_feature_detected!("avx512f") {
-        // SAFETY: the feature was detected.
-        return unsafe { read_avx512(bytes) };
-    }
-    let mut sums = [0u64; 8];
-    for chunk in bytes.as_chunks::<64>().0 {
-        for (sum, word) in sums.iter_mut().zip(chunk.as_chunks::<8>().0) {
-            *sum ^= u64::from_le_bytes(*word);
-        }
-    }
-    sums.iter().fold(0, |a, b| a ^ b)
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn read_avx512(bytes: &[u8]) -> u64 {
-    use std::arch::x86_64::*;
-    let mut sums = [_mm512_setzero_si512(); 4];
-    for chunk in bytes.as_chunks::<256>().0 {
-        for (sum, part) in sums.iter_mut().zip(chunk.as_chunks::<64>().0) {
-            // SAFETY: a part is 64 bytes.
-            let v = unsafe { _mm512_loadu_si512(part.as_ptr().cast()) };
-            *sum = _mm512_xor_si512(*sum, v);
-        }
-    }
-    let [a, b, c, d] = sums;
-    let all = _mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d));
-    _mm512_reduce_add_epi64(all) as u64
-}
-
 /// Runs `job` on each part of `0..rows` in a thread of its own and waits.
 fn split(threads: usize, rows: usize, job: impl Fn(usize, usize) + Sync) {
     if threads == 1 {
@@ -163,7 +130,8 @@ fn gemv() {
                     split(threads, rows, |from, to| {
                         let row = layout.row_bytes(cols);
                         for _ in 0..repeat {
-                            black_box(read(black_box(&bytes[from * row..to * row])));
+                            let bytes = black_box(&bytes[from * row..to * row]);
+                            black_box(Kernels::detect().read_probe(bytes));
                         }
                     });
                 }),
@@ -204,27 +172,9 @@ fn gemv() {
     }
 }
 
-/// `steps` rounds of 24 independent `vpdpbusd`; the operations done.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vnni")]
-fn peak_avx512(steps: usize) -> f64 {
-    use std::arch::x86_64::*;
-    let mut acc = [_mm512_setzero_si512(); 24];
-    let (a, b) = (black_box(_mm512_set1_epi8(1)), black_box(_mm512_set1_epi8(2)));
-    for _ in 0..steps {
-        for acc in &mut acc {
-            *acc = _mm512_dpbusd_epi32(*acc, a, b);
-        }
-        // The sums must look used, and each step different from the last.
-        black_box(&a);
-    }
-    black_box(acc);
-    (steps * 24 * 64) as f64
-}
-
-/// Many tokens: multiply-adds a second, beside the peak of the instruction.
+/// Many tokens: multiply-adds a second, beside the peak of the fastest set.
 fn gemm() {
-    println!("ternary product of T tokens, one thread (GMAC/s, share of vpdpbusd's peak)");
+    println!("ternary product of T tokens, one thread (GMAC/s, share of the int8 peak)");
     let kernels = Kernels::all();
     for (cols, rows, count) in [
         (2560, 2560, 2),
@@ -247,11 +197,8 @@ fn gemm() {
         runs.push((
             "peak".into(),
             Box::new(|| {
-                #[cfg(target_arch = "x86_64")]
-                if Kernels::by_name("avx512vnni").is_ok() {
-                    // SAFETY: the features of `avx512vnni` were detected.
-                    peak_macs = unsafe { peak_avx512(100_000) };
-                }
+                let operations = Kernels::detect().int8_peak_probe(100_000);
+                peak_macs = operations as f64 / 2.0;
             }),
         ));
         for &k in &kernels {

@@ -1,7 +1,7 @@
 //! What a bench reports: rows and limits for programs, a table for people.
 
 use bitnet_core::WeightQuantizer;
-use bitnet_engine::{Model, SessionOptions};
+use bitnet_engine::Model;
 use serde::Serialize;
 
 use super::limits::{Kind, Probe};
@@ -31,7 +31,7 @@ pub struct ModelInfo {
     pub layout: &'static str,
     /// Size of the file.
     pub file_bytes: u64,
-    /// Bytes of the keys and values of a session of these tests.
+    /// Bytes of the keys and values of one setting's sessions, a batch's included.
     pub kv_cache_bytes: u64,
     /// Seconds to map and check the file.
     pub load_seconds: f64,
@@ -120,17 +120,12 @@ pub struct Limit {
 }
 
 impl ModelInfo {
-    pub(super) fn new(
-        loaded: &Loaded,
-        first_logits_seconds: f64,
-        session: &SessionOptions,
-        context: usize,
-    ) -> Self {
+    pub(super) fn new(loaded: &Loaded, first_logits_seconds: f64, kv_cache_bytes: u64) -> Self {
         Self {
             model: loaded.model.file().to_owned(),
             layout: layout(&loaded.model),
             file_bytes: loaded.model.bytes(),
-            kv_cache_bytes: session.kv.bytes(loaded.model.config(), context),
+            kv_cache_bytes,
             load_seconds: loaded.load_seconds,
             first_logits_seconds,
         }
@@ -329,7 +324,7 @@ impl Report {
             return format!("peak memory {}\n", bytes(peak as f64));
         };
         format!(
-            "peak memory {}; the file has {}, a session's keys and values {}\n",
+            "peak memory {}; the file has {}, keys and values {}\n",
             bytes(peak as f64),
             bytes(model.file_bytes as f64),
             bytes(model.kv_cache_bytes as f64)
