@@ -20,7 +20,7 @@ const EDGES: [(&str, &[&str]); 10] = [
     ("bitnet-data", &["core", "format"]),
     ("bitnet-train", &["core", "kernels", "format", "data"]),
     ("bitnet-export", &["core", "format", "engine"]),
-    ("bitnet-eval", &["core", "format", "data", "engine"]),
+    ("bitnet-eval", &["core", "kernels", "format", "data", "engine"]),
     ("bitnet-cli", &["core", "format", "engine"]),
     ("bitnet-tests", &["core", "kernels", "format", "engine", "data", "train", "export"]),
 ];
