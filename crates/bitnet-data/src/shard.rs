@@ -22,12 +22,11 @@
 //! document is its tokens followed by the end token; there is no other table of
 //! documents. A document never spans two shards.
 
-use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use bitnet_format::atomic::AtomicFile;
-use memmap2::Mmap;
+use bitnet_format::map::{Mmap, map};
 use sha2::{Digest, Sha256};
 
 use crate::error::DataError;
@@ -242,7 +241,7 @@ impl ShardReader {
     /// numbers.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, DataError> {
         let path = path.as_ref();
-        let map = map(path).map_err(DataError::read(path))?;
+        let map = map(path, false).map_err(DataError::read(path))?;
         let header = ShardHeader::decode(&map).map_err(|what| DataError::file(path, what))?;
         Ok(Self { path: path.to_path_buf(), map, header })
     }
@@ -343,15 +342,6 @@ impl ShardReader {
     fn byte(&self, token: u64) -> usize {
         token as usize * self.header.token_bytes as usize
     }
-}
-
-#[allow(unsafe_code)]
-fn map(path: &Path) -> std::io::Result<Mmap> {
-    let file = File::open(path)?;
-    // SAFETY: the map is read-only, and shards are never changed in place: this
-    // crate writes them under a temporary name, renames them, and replaces a
-    // whole file if at all, which leaves the mapped one as it was.
-    unsafe { Mmap::map(&file) }
 }
 
 #[cfg(test)]

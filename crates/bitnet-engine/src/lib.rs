@@ -23,7 +23,7 @@
 //! model's logits have the same bits here, whatever the instruction set, the
 //! number of threads and the split of a prompt into chunks.
 
-#![deny(unsafe_code)] // One memory map, in `map`, is the exception.
+#![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 #[cfg(target_endian = "big")]
@@ -36,7 +36,6 @@ mod forward;
 mod generate;
 mod head;
 mod load;
-mod map;
 mod model;
 mod parallel;
 mod runner;

@@ -6,14 +6,13 @@ use std::sync::{Arc, OnceLock};
 
 use bitnet_core::names::{Linear, Norm};
 use bitnet_core::{Dtype, Layout, ModelConfig};
+use bitnet_format::map::{Mmap, map};
 use bitnet_kernels::{DenseRows, TernaryRows};
 use half::{bf16, f16};
-use memmap2::Mmap;
 
 use crate::error::EngineError;
 use crate::head::Int8Head;
 use crate::load;
-use crate::map::map;
 use crate::parallel::Workers;
 use crate::tokenizer::Tokenizer;
 
