@@ -87,6 +87,9 @@ impl Tokenizer {
     }
 
     fn parse(json: String) -> Result<Self, String> {
+        // The library panics on some texts that are not JSON: look first.
+        serde_json::from_str::<serde::de::IgnoredAny>(&json)
+            .map_err(|e| format!("is not a tokenizer.json: {e}"))?;
         let mut special =
             Inner::from_bytes(&json).map_err(|e| format!("is not a tokenizer.json: {e}"))?;
         // A training corpus is neither cut nor padded behind our back.
@@ -516,7 +519,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("tokenizer.json");
         let cut = &TRAINED.to_json()[..TRAINED.to_json().len() / 2];
-        for content in ["", "{}", "[1]", cut, "\u{1}"] {
+        for content in ["", "{}", "[1]", cut, "\u{1}", "{\"decoder\":\"x"] {
             fs::write(&path, content).unwrap();
             let e = Tokenizer::from_file(&path).unwrap_err().to_string();
             assert!(e.contains("tokenizer.json: is not a tokenizer.json"), "{e}");
