@@ -6,6 +6,7 @@ use bitnet_core::ternary::{self, dequantize};
 use crate::attention::{self, KvElement, KvSlice, Query};
 use crate::dense::{self, DenseRows};
 use crate::float;
+use crate::int4_rows::{self, Int4Rows};
 use crate::int8_rows::{self, INT8_MAX_COLS, Int8Rows};
 use crate::isa::{Kernels, dispatch};
 use crate::mat::MatMut;
@@ -154,6 +155,36 @@ impl Kernels {
         assert!(x.stride >= Int8Rows::stride(w.cols), "vectors are padded to whole blocks");
         assert!(x.q.len() >= x.len() * x.stride && x.sums.len() >= x.len(), "vectors");
         dispatch!(self, isa => int8_rows::product(isa, w, x, out));
+    }
+
+    /// Exact sums of 4-bit rows and int8 vectors:
+    /// `out[t, n] = Σ_k w[n, k] · q[t, k]`, with w in 0..=15.
+    ///
+    /// # Panics
+    /// If the shapes do not fit: `out` is `[tokens, rows]`, the columns at most
+    /// [`INT8_MAX_COLS`], and the vectors are zero behind them.
+    pub fn int4_sums(self, w: Int4Rows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
+        assert_eq!((out.rows(), out.cols()), (x.len(), w.len()), "[tokens, rows]");
+        w.check(&x);
+        dispatch!(self, isa => int4_rows::product(isa, w, w.len(), x, out, #[inline(always)] |n| n));
+    }
+
+    /// [`Kernels::int4_sums`] of the rows `rows` alone, in their order.
+    ///
+    /// # Panics
+    /// Likewise, or if there is no such row.
+    pub fn int4_sums_of(
+        self,
+        w: Int4Rows<'_>,
+        rows: &[u32],
+        x: TokensRef<'_>,
+        out: MatMut<'_, i32>,
+    ) {
+        assert_eq!((out.rows(), out.cols()), (x.len(), rows.len()), "[tokens, rows]");
+        w.check(&x);
+        dispatch!(self, isa => int4_rows::product(isa, w, rows.len(), x, out, #[inline(always)] |n| {
+            rows[n] as usize
+        }));
     }
 
     /// Dense rows times a float vector: `out[n] = rows[n] · x`.

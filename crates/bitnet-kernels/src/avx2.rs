@@ -105,6 +105,16 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn nibbles(self, v: Self::Bytes) -> [Self::Bytes; 2] {
+                let mask = op!(self, _mm256_set1_epi8(15));
+                let low = both!(i => op!(self, _mm256_and_si256(v[i], mask)));
+                let high = both!(i => {
+                    op!(self, _mm256_and_si256(_mm256_srli_epi16::<4>(v[i]), mask))
+                });
+                [low, high]
+            }
+
+            #[inline(always)]
             fn sums_zero(self) -> Self::Sums {
                 [op!(self, _mm256_setzero_si256()); 2]
             }
@@ -244,6 +254,16 @@ implement!(Avx2 {
             let low = op!(self, _mm256_madd_epi16(low_w, low_q));
             let high = op!(self, _mm256_madd_epi16(high_w, high_q));
             op!(self, _mm256_add_epi32(sums[i], _mm256_add_epi32(low, high)))
+        })
+    }
+
+    // A pair is at most 15 · 128 · 2 = 3840, which an i16 holds.
+    #[inline(always)]
+    fn dot_nibbles(self, sums: Self::Sums, w: Self::Bytes, acts: Self::Bytes) -> Self::Sums {
+        both!(i => {
+            let pairs = op!(self, _mm256_maddubs_epi16(w[i], acts[i]));
+            let fours = op!(self, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            op!(self, _mm256_add_epi32(sums[i], fours))
         })
     }
 

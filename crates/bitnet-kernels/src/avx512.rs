@@ -91,6 +91,13 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn nibbles(self, v: __m512i) -> [__m512i; 2] {
+                let mask = op!(self, _mm512_set1_epi8(15));
+                let high = op!(self, _mm512_srli_epi16::<4>(v));
+                [op!(self, _mm512_and_si512(v, mask)), op!(self, _mm512_and_si512(high, mask))]
+            }
+
+            #[inline(always)]
             fn part_zero(self) -> __m512i {
                 op!(self, _mm512_setzero_si512())
             }

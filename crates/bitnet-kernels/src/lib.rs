@@ -25,6 +25,7 @@ mod dense;
 mod float;
 #[cfg(feature = "gemm")]
 mod gemm;
+mod int4_rows;
 mod int8_rows;
 mod isa;
 mod limits;
@@ -43,6 +44,7 @@ pub use attention::{KEY_BLOCK, KvElement, key_blocks_len, store_key};
 pub use dense::DenseRows;
 #[cfg(feature = "gemm")]
 pub use gemm::{MatRef, gemm};
+pub use int4_rows::Int4Rows;
 pub use int8_rows::{INT8_MAX_COLS, Int8Rows};
 pub use isa::{IsaError, Kernels, required_isas_missing};
 pub use mat::MatMut;

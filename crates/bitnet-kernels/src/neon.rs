@@ -93,6 +93,24 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn nibbles(self, v: Self::Bytes) -> [Self::Bytes; 2] {
+                let low = array!(4, i => op!(self, vandq_u8(v[i], vdupq_n_u8(15))));
+                [low, array!(4, i => op!(self, vshrq_n_u8::<4>(v[i])))]
+            }
+
+            // As signed bytes they are the same, and their products stay below
+            // 15 · 128 = 1920, a pair of which fits i16.
+            #[inline(always)]
+            fn dot_nibbles(
+                self,
+                sums: Self::Sums,
+                w: Self::Bytes,
+                acts: Self::Bytes,
+            ) -> Self::Sums {
+                self.dot(sums, w, acts)
+            }
+
+            #[inline(always)]
             fn part_zero(self) -> Self::Part {
                 self.sums_zero()
             }

@@ -64,6 +64,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn nibbles(self, v: [u8; 64]) -> [[u8; 64]; 2] {
+        [array!(64, i => v[i] & 15), array!(64, i => v[i] >> 4)]
+    }
+
+    #[inline(always)]
     fn part_zero(self) -> [i32; 16] {
         [0; 16]
     }

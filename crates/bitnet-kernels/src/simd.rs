@@ -92,6 +92,15 @@ pub(crate) trait Simd: Copy {
         self.add_sums(sums, self.load_sums(&lanes))
     }
 
+    /// The low and the high half of every byte.
+    fn nibbles(self, v: Self::Bytes) -> [Self::Bytes; 2];
+
+    /// [`Simd::dot_bytes`] of bytes that are at most 15.
+    #[inline(always)]
+    fn dot_nibbles(self, sums: Self::Sums, w: Self::Bytes, acts: Self::Bytes) -> Self::Sums {
+        self.dot_bytes(sums, w, acts)
+    }
+
     /// Sixteen zeros.
     fn sums_zero(self) -> Self::Sums;
     /// Lane by lane.
