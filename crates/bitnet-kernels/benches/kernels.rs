@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::Layout;
 use bitnet_kernels::{
-    DenseRows, Kernels, MatMut, QuantizedTokens, TernaryRows, key_blocks_len, store_key,
+    AttendQuery, DenseRows, Kernels, KvHead, MatMut, QuantizedTokens, TernaryRows,
+    attend_scores_len, key_blocks_len, store_key,
 };
 use half::f16;
 
@@ -280,11 +281,25 @@ fn float() {
     let mut keys = vec![f16::ZERO; key_blocks_len(len, head)];
     (0..len).for_each(|t| store_key(&mut keys, t, &a[t..t + head]));
     let values: Vec<f16> = (0..len * head).map(|i| f16::from_f32(a[i % n])).collect();
-    let mut scores = vec![0f32; 1008];
-    let mut head_out = vec![0f32; head];
-    line("attend f16 (key elements)", len * head, &mut |k| {
-        k.attend(&a[..head], &keys, &values, len, 0.08, &mut scores, &mut head_out);
-    });
+    // Two tokens of four heads that share a key and value head.
+    let queries: Vec<AttendQuery> =
+        (0..8).map(|i| AttendQuery { at: i * head, len: len - 1 + i / 4 }).collect();
+    let mut scores = vec![0f32; attend_scores_len(8, len)];
+    let mut outs = vec![0f32; 8 * head];
+    let wide_keys: Vec<f32> = keys.iter().map(|x| x.to_f32()).collect();
+    let wide_values: Vec<f32> = values.iter().map(|x| x.to_f32()).collect();
+    let kinds = [
+        ("f32", KvHead::F32 { keys: &wide_keys, values: &wide_values }),
+        ("f16", KvHead::F16 { keys: &keys, values: &values }),
+    ];
+    for (name, kv) in kinds {
+        for count in [1, 4, 8] {
+            let name = format!("attend {name} {count} queries (GMAC/s)");
+            line(&name, 2 * count * len * head, &mut |k| {
+                k.attend_tile(&queries[..count], &a, kv, head, 0.08, &mut scores, &mut outs);
+            });
+        }
+    }
     let (rows, cols) = (1000, 1024);
     let w: Vec<f16> = (0..rows * cols).map(|i| f16::from_f32(a[i % n])).collect();
     let mut head_out = vec![0f32; rows];

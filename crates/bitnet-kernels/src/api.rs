@@ -3,7 +3,7 @@
 
 use bitnet_core::ternary::{self, dequantize};
 
-use crate::attention::{self, KvElement, KvSlice, Query};
+use crate::attention::{self, AttendQuery, Head, KvElement, KvHead, attend_scores_len};
 use crate::dense::{self, DenseRows};
 use crate::float;
 use crate::int4_rows::{self, Int4Rows};
@@ -129,16 +129,43 @@ impl Kernels {
         scores: &mut [f32],
         out: &mut [f32],
     ) {
-        assert!(len > 0, "attention over no position");
-        let query = Query { q, len, scale };
-        match (E::slice(key_blocks), E::slice(values)) {
-            (KvSlice::F32(keys), KvSlice::F32(values)) => {
-                dispatch!(self, isa => attention::attend(isa, query, keys, values, scores, out));
+        let queries = [AttendQuery { at: 0, len }];
+        self.attend_tile(&queries, q, E::head(key_blocks, values), q.len(), scale, scores, out);
+    }
+
+    /// Attention of some queries over the cached keys and values of one head,
+    /// which they share: each gets the bits that [`Kernels::attend`] gives it.
+    ///
+    /// # Shapes
+    /// `q` and `out` hold a `[C]`, C = `dim`, at each query's place; `kv` holds the
+    /// positions that the longest query sees; `scores` is scratch of
+    /// [`attend_scores_len`] for the number of queries and the longest.
+    ///
+    /// # Panics
+    /// If a slice is too short, or a query sees no position.
+    #[expect(clippy::too_many_arguments, reason = "slices of one operation")]
+    pub fn attend_tile(
+        self,
+        queries: &[AttendQuery],
+        q: &[f32],
+        kv: KvHead<'_>,
+        dim: usize,
+        scale: f32,
+        scores: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let longest = queries.iter().map(|q| q.len).max().unwrap_or(0);
+        assert!(queries.iter().all(|q| q.len > 0), "attention over no position");
+        assert!(scores.len() >= attend_scores_len(queries.len(), longest), "scratch for scores");
+        match kv {
+            KvHead::F32 { keys, values } => {
+                let head = Head { keys, values, dim, scale };
+                dispatch!(self, isa => attention::attend(isa, head, queries, q, scores, out));
             }
-            (KvSlice::F16(keys), KvSlice::F16(values)) => {
-                dispatch!(self, isa => attention::attend(isa, query, keys, values, scores, out));
+            KvHead::F16 { keys, values } => {
+                let head = Head { keys, values, dim, scale };
+                dispatch!(self, isa => attention::attend(isa, head, queries, q, scores, out));
             }
-            _ => unreachable!("keys and values are of one type"),
         }
     }
 

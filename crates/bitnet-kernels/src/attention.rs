@@ -1,9 +1,13 @@
-//! Causal attention of one query over cached keys and values.
+//! Causal attention of some queries over the cached keys and values of one head.
 //!
 //! Keys are stored in blocks of [`KEY_BLOCK`] positions, transposed: block `b`
 //! holds `[C, KEY_BLOCK]`, so that one vector is the same element of sixteen
 //! keys. A score is then the sum over `c` in its natural order, whatever the
 //! width of the machine's vectors. Values are `[T, C]`, summed over `t` in order.
+//!
+//! Up to [`ATTEND_TILE`] queries share each load of keys and values: the heads of
+//! a token that read one key and value head, and neighbouring tokens. Every query
+//! gets the bits that it would get alone.
 
 use half::f16;
 
@@ -13,25 +17,30 @@ use crate::simd::{Element, Simd, array};
 /// Positions in a block of transposed keys.
 pub const KEY_BLOCK: usize = 16;
 
+/// Queries that share loads of keys and values at most.
+pub const ATTEND_TILE: usize = 8;
+
 /// An element of a key or value cache; its value as f32 is exact.
 pub trait KvElement: Copy + Send + Sync + 'static {
     /// The value.
     fn to_f32(self) -> f32;
     /// The nearest element, ties to even.
     fn from_f32(x: f32) -> Self;
-    /// A slice of elements, its type as a value.
-    #[doc(hidden)]
-    fn slice(x: &[Self]) -> KvSlice<'_>;
+    /// The keys and values of one head.
+    fn head<'a>(keys: &'a [Self], values: &'a [Self]) -> KvHead<'a>;
 }
 
-/// A slice of a cache.
-#[doc(hidden)]
+/// Keys and values of one head, as they are cached.
+///
+/// # Shapes
+/// Keys are blocks as [`store_key`] writes them; values are `[T, C]`.
 #[derive(Debug, Clone, Copy)]
-pub enum KvSlice<'a> {
+#[allow(missing_docs, reason = "the shapes are the enum's")]
+pub enum KvHead<'a> {
     /// Single precision.
-    F32(&'a [f32]),
+    F32 { keys: &'a [f32], values: &'a [f32] },
     /// Half precision.
-    F16(&'a [f16]),
+    F16 { keys: &'a [f16], values: &'a [f16] },
 }
 
 impl KvElement for f32 {
@@ -44,8 +53,8 @@ impl KvElement for f32 {
         x
     }
     #[inline(always)]
-    fn slice(x: &[Self]) -> KvSlice<'_> {
-        KvSlice::F32(x)
+    fn head<'a>(keys: &'a [Self], values: &'a [Self]) -> KvHead<'a> {
+        KvHead::F32 { keys, values }
     }
 }
 
@@ -59,8 +68,8 @@ impl KvElement for f16 {
         f16::from_f32(x)
     }
     #[inline(always)]
-    fn slice(x: &[Self]) -> KvSlice<'_> {
-        KvSlice::F16(x)
+    fn head<'a>(keys: &'a [Self], values: &'a [Self]) -> KvHead<'a> {
+        KvHead::F16 { keys, values }
     }
 }
 
@@ -82,119 +91,237 @@ pub fn store_key<E: KvElement>(blocks: &mut [E], position: usize, key: &[f32]) {
     }
 }
 
-/// One query `[C]` and the positions it sees.
+/// One of several queries.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AttendQuery {
+    /// Where its `[C]` elements begin in the queries and in the outputs.
+    pub at: usize,
+    /// It sees positions `0..len`; at least 1.
+    pub len: usize,
+}
+
+/// Scratch for the scores of `queries` queries of at most `longest` positions.
+#[must_use]
+pub const fn attend_scores_len(queries: usize, longest: usize) -> usize {
+    let rows = if queries < ATTEND_TILE { queries } else { ATTEND_TILE };
+    rows * longest.div_ceil(KEY_BLOCK) * KEY_BLOCK
+}
+
+/// What the queries of a call share.
 #[derive(Clone, Copy)]
-pub(crate) struct Query<'a> {
-    pub(crate) q: &'a [f32],
-    pub(crate) len: usize,
+pub(crate) struct Head<'a, E> {
+    /// Whole blocks of keys.
+    pub(crate) keys: &'a [E],
+    /// `[T, C]`.
+    pub(crate) values: &'a [E],
+    /// C.
+    pub(crate) dim: usize,
+    /// Multiplies the sums of products.
     pub(crate) scale: f32,
 }
 
-/// Keys and values of one element type; see [`crate::Kernels::attend`].
+/// See [`crate::Kernels::attend_tile`].
 #[inline(always)]
 pub(crate) fn attend<S: Simd, E: Element>(
     isa: S,
-    query: Query<'_>,
-    key_blocks: &[E],
-    values: &[E],
-    score: &mut [f32],
+    head: Head<'_, E>,
+    mut queries: &[AttendQuery],
+    q: &[f32],
+    scores: &mut [f32],
     out: &mut [f32],
 ) {
-    let Query { q, len, scale } = query;
-    let padded = len.div_ceil(KEY_BLOCK) * KEY_BLOCK;
-    scores(isa, q, &key_blocks[..padded * q.len()], scale, &mut score[..padded]);
-    let (_, sum) = exp_sum(isa, &mut score[..len]);
-    weighted_values(isa, &score[..len], &values[..len * out.len()], 1.0 / sum, out);
+    while !queries.is_empty() {
+        let most = if S::WIDE { ATTEND_TILE } else { 4 };
+        let (now, later) = queries.split_at(queries.len().min(most));
+        match now.len() {
+            1 => tile::<S, E, 1>(isa, head, now, q, scores, out),
+            2..=4 => tile::<S, E, 4>(isa, head, now, q, scores, out),
+            _ => tile::<S, E, ATTEND_TILE>(isa, head, now, q, scores, out),
+        }
+        queries = later;
+    }
 }
 
-/// `scores[t] = (Σ_c q[c] · key[t][c]) · scale` for whole blocks.
+/// At most `Q` queries; where there are fewer, the last is computed repeatedly.
 #[inline(always)]
-fn scores<S: Simd, E: Element>(isa: S, q: &[f32], keys: &[E], scale: f32, scores: &mut [f32]) {
-    let keys = keys.as_chunks::<KEY_BLOCK>().0;
-    let (outs, _) = scores.as_chunks_mut::<KEY_BLOCK>();
-    // Several blocks at a time, so that one addition need not wait for another.
-    let whole = outs.len() / 4 * 4;
-    let (fours, rest) = outs.split_at_mut(whole);
-    for (outs, keys) in fours.as_chunks_mut::<4>().0.iter_mut().zip(keys.chunks(4 * q.len())) {
-        score_blocks(isa, q, keys, scale, outs);
+fn tile<S: Simd, E: Element, const Q: usize>(
+    isa: S,
+    head: Head<'_, E>,
+    queries: &[AttendQuery],
+    q: &[f32],
+    scores: &mut [f32],
+    out: &mut [f32],
+) {
+    let dim = head.dim;
+    let (mut shortest, mut longest) = (usize::MAX, 0);
+    for query in queries {
+        (shortest, longest) = (shortest.min(query.len), longest.max(query.len));
     }
-    for (out, keys) in rest.iter_mut().zip(keys[whole * q.len()..].chunks(q.len())) {
-        score_blocks(isa, q, keys, scale, std::array::from_mut(out));
+    let stride = longest.div_ceil(KEY_BLOCK) * KEY_BLOCK;
+    let scores = &mut scores[..queries.len() * stride];
+    let rows: [usize; Q] = array!(Q, i => i.min(queries.len() - 1));
+    let qs = array!(Q, i => &q[queries[rows[i]].at..][..dim]);
+    all_scores(isa, head, qs, rows, stride, scores);
+    let mut inv_sums = [0.0; Q];
+    for (i, query) in queries.iter().enumerate() {
+        let (_, sum) = exp_sum(isa, &mut scores[i * stride..][..query.len]);
+        inv_sums[i] = 1.0 / sum;
+    }
+    // What all see together, then what one query sees further, and its sum.
+    let weights = array!(Q, i => &scores[rows[i] * stride..][..shortest]);
+    let places = array!(Q, i => queries[rows[i]].at);
+    weighted_values(isa, head, weights, places, out);
+    for (i, query) in queries.iter().enumerate() {
+        let weights = &scores[i * stride..][..query.len];
+        finish(isa, head, weights, shortest, inv_sums[i], &mut out[query.at..][..dim]);
+    }
+}
+
+/// `scores[rows[i]][t] = (Σ_c qs[i][c] · key[t][c]) · scale` for whole blocks.
+#[inline(always)]
+fn all_scores<S: Simd, E: Element, const Q: usize>(
+    isa: S,
+    head: Head<'_, E>,
+    qs: [&[f32]; Q],
+    rows: [usize; Q],
+    stride: usize,
+    scores: &mut [f32],
+) {
+    let blocks = stride / KEY_BLOCK;
+    let scores = scores.as_chunks_mut::<KEY_BLOCK>().0;
+    let mut block = 0;
+    // Several blocks at a time, so that one addition need not wait for another
+    // (it takes four cycles, and two begin in each).
+    while Q == 1 && block + 4 <= blocks {
+        score_blocks::<S, E, Q, 4>(isa, head, qs, block, rows, blocks, scores);
+        block += 4;
+    }
+    while Q > 1 && S::WIDE && block + 2 <= blocks {
+        score_blocks::<S, E, Q, 2>(isa, head, qs, block, rows, blocks, scores);
+        block += 2;
+    }
+    while block < blocks {
+        score_blocks::<S, E, Q, 1>(isa, head, qs, block, rows, blocks, scores);
+        block += 1;
     }
 }
 
 /// The scores of `B` neighbouring blocks of keys.
 #[inline(always)]
-fn score_blocks<S: Simd, E: Element, const B: usize>(
+fn score_blocks<S: Simd, E: Element, const Q: usize, const B: usize>(
     isa: S,
-    q: &[f32],
-    keys: &[[E; KEY_BLOCK]],
-    scale: f32,
-    out: &mut [[f32; KEY_BLOCK]; B],
+    head: Head<'_, E>,
+    qs: [&[f32]; Q],
+    first: usize,
+    rows: [usize; Q],
+    blocks: usize,
+    scores: &mut [[f32; KEY_BLOCK]],
 ) {
-    let blocks = array!(B, b => &keys[b * q.len()..(b + 1) * q.len()]);
-    let mut sums = [isa.splat(0.0); B];
-    for (c, &q) in q.iter().enumerate() {
-        let q = isa.splat(q);
-        for b in 0..B {
-            sums[b] = isa.mul_add(sums[b], q, E::load(isa, &blocks[b][c]));
+    let dim = head.dim;
+    let keys = head.keys.as_chunks::<KEY_BLOCK>().0;
+    let keys = array!(B, b => &keys[(first + b) * dim..][..dim]);
+    let qs = array!(Q, i => &qs[i][..dim]);
+    let mut sums = [[isa.splat(0.0); B]; Q];
+    for c in 0..dim {
+        let key = array!(B, b => E::load(isa, &keys[b][c]));
+        for i in 0..Q {
+            let q = isa.splat(qs[i][c]);
+            for b in 0..B {
+                sums[i][b] = isa.mul_add(sums[i][b], q, key[b]);
+            }
         }
     }
-    for b in 0..B {
-        out[b] = isa.floats(isa.mul(sums[b], isa.splat(scale)));
+    let scale = isa.splat(head.scale);
+    for i in 0..Q {
+        for b in 0..B {
+            scores[rows[i] * blocks + first + b] = isa.floats(isa.mul(sums[i][b], scale));
+        }
     }
 }
 
-/// `out[c] = (Σ_t weights[t] · values[t][c]) · inv_sum`.
+/// `out[places[i] + c] = Σ_t weights[i][t] · values[t][c]` over the positions
+/// that all queries see, for all columns but those behind the last sixteen.
 #[inline(always)]
-fn weighted_values<S: Simd, E: Element>(
+fn weighted_values<S: Simd, E: Element, const Q: usize>(
     isa: S,
-    weights: &[f32],
-    values: &[E],
-    inv_sum: f32,
+    head: Head<'_, E>,
+    weights: [&[f32]; Q],
+    places: [usize; Q],
     out: &mut [f32],
 ) {
-    let stride = out.len();
     let mut c = 0;
-    while c + 64 <= stride {
-        value_columns::<S, E, 4>(isa, weights, values, inv_sum, c, out);
+    while (Q == 1 || (Q <= 4 && S::WIDE)) && c + 64 <= head.dim {
+        value_columns::<S, E, Q, 4>(isa, head, weights, places, c, out);
         c += 64;
     }
-    while c + 16 <= stride {
-        value_columns::<S, E, 1>(isa, weights, values, inv_sum, c, out);
-        c += 16;
+    while Q > 4 && c + 32 <= head.dim {
+        value_columns::<S, E, Q, 2>(isa, head, weights, places, c, out);
+        c += 32;
     }
-    for (c, out) in out.iter_mut().enumerate().skip(c) {
-        let column = values.iter().skip(c).step_by(stride);
-        let mut sum = 0.0;
-        for (&w, &v) in weights.iter().zip(column) {
-            sum += w * v.widen();
-        }
-        *out = sum * inv_sum;
+    while c + 16 <= head.dim {
+        value_columns::<S, E, Q, 1>(isa, head, weights, places, c, out);
+        c += 16;
     }
 }
 
-/// Columns `c..c + 16 · V` of the weighted sum of values.
+/// Columns `c..c + 16 · V` of the weighted sums of values.
 #[inline(always)]
-fn value_columns<S: Simd, E: Element, const V: usize>(
+fn value_columns<S: Simd, E: Element, const Q: usize, const V: usize>(
     isa: S,
-    weights: &[f32],
-    values: &[E],
-    inv_sum: f32,
+    head: Head<'_, E>,
+    weights: [&[f32]; Q],
+    places: [usize; Q],
     c: usize,
     out: &mut [f32],
 ) {
-    let stride = out.len();
-    let mut sums = [isa.splat(0.0); V];
-    for (&w, value) in weights.iter().zip(values.chunks_exact(stride)) {
+    let len = weights[0].len();
+    let weights = array!(Q, i => &weights[i][..len]);
+    let mut sums = [[isa.splat(0.0); V]; Q];
+    for (t, value) in head.values.chunks_exact(head.dim).take(len).enumerate() {
         let value = value[c..c + 16 * V].as_chunks::<16>().0;
-        let w = isa.splat(w);
-        for v in 0..V {
-            sums[v] = isa.mul_add(sums[v], w, E::load(isa, &value[v]));
+        let value = array!(V, v => E::load(isa, &value[v]));
+        for i in 0..Q {
+            let w = isa.splat(weights[i][t]);
+            for v in 0..V {
+                sums[i][v] = isa.mul_add(sums[i][v], w, value[v]);
+            }
         }
     }
-    let out = out[c..c + 16 * V].as_chunks_mut::<16>().0;
-    for v in 0..V {
-        out[v] = isa.floats(isa.mul(sums[v], isa.splat(inv_sum)));
+    for i in 0..Q {
+        let out = out[places[i] + c..][..16 * V].as_chunks_mut::<16>().0;
+        for v in 0..V {
+            out[v] = isa.floats(sums[i][v]);
+        }
+    }
+}
+
+/// Adds to a query's sums what it sees from position `from` on, which others of
+/// its tile may not see, and divides them by the sum of its weights. The columns
+/// behind the last sixteen are computed here as a whole.
+#[inline(always)]
+fn finish<S: Simd, E: Element>(
+    isa: S,
+    head: Head<'_, E>,
+    weights: &[f32],
+    from: usize,
+    inv_sum: f32,
+    out: &mut [f32],
+) {
+    let values = head.values.chunks_exact(head.dim);
+    let (chunks, rest) = out.as_chunks_mut::<16>();
+    for (i, out) in chunks.iter_mut().enumerate() {
+        let mut sum = isa.load_f32(out);
+        for (&w, value) in weights.iter().zip(values.clone()).skip(from) {
+            let value = &value.as_chunks::<16>().0[i];
+            sum = isa.mul_add(sum, isa.splat(w), E::load(isa, value));
+        }
+        *out = isa.floats(isa.mul(sum, isa.splat(inv_sum)));
+    }
+    for (c, out) in (16 * chunks.len()..).zip(rest) {
+        let mut sum = 0.0;
+        for (&w, value) in weights.iter().zip(values.clone()) {
+            sum += w * value[c].widen();
+        }
+        *out = sum * inv_sum;
     }
 }

@@ -40,7 +40,10 @@ mod rows;
 mod simd;
 mod ternary;
 
-pub use attention::{KEY_BLOCK, KvElement, key_blocks_len, store_key};
+pub use attention::{
+    ATTEND_TILE, AttendQuery, KEY_BLOCK, KvElement, KvHead, attend_scores_len, key_blocks_len,
+    store_key,
+};
 pub use dense::DenseRows;
 #[cfg(feature = "gemm")]
 pub use gemm::{MatRef, gemm};

@@ -5,7 +5,10 @@
 #![allow(clippy::unwrap_used)]
 
 use bitnet_core::ternary::{LANES, lane_sum};
-use bitnet_kernels::{DenseRows, KEY_BLOCK, Kernels, KvElement, MatMut, key_blocks_len, store_key};
+use bitnet_kernels::{
+    AttendQuery, DenseRows, KEY_BLOCK, Kernels, KvElement, MatMut, attend_scores_len,
+    key_blocks_len, store_key,
+};
 use half::{bf16, f16};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -205,6 +208,35 @@ fn check_attention<E: KvElement>(q: &[f32], kv: &[f32], len: usize) {
         k.attend(q, &blocks, &elements[len * c..], len, 0.3, &mut scores, &mut out);
         out
     });
+    // Queries that see different lengths and lie in no order: each is as if alone,
+    // though later values, which only some see, are not numbers.
+    let queries: Vec<AttendQuery> = (0..19)
+        .map(|i| AttendQuery { at: (i * 7 % 19) * c, len: [len - i * len / 40, len][i % 2] })
+        .collect();
+    let q: Vec<f32> = (0..19 * c).map(|i| q[i % c] + (i / c) as f32 * 0.1).collect();
+    let mut hostile = elements[len * c..].to_vec();
+    hostile[(len - 1) * c..].fill(E::from_f32(f32::NAN));
+    for (values, skip) in [(&elements[len * c..], 1), (&hostile[..], 2)] {
+        let queries: Vec<_> = queries.iter().copied().step_by(skip).collect();
+        let widened: Vec<f32> = values.iter().map(|x| x.to_f32()).collect();
+        let wants: Vec<Vec<f32>> = queries
+            .iter()
+            .map(|a| attend_plain(&q[a.at..][..c], keys, &widened, a.len, 0.3))
+            .collect();
+        for count in [1, 2, 3, 4, 5, 8, 9, queries.len()] {
+            let mut want = vec![0.0; q.len()];
+            for (a, one) in queries.iter().zip(&wants).take(count) {
+                want[a.at..][..c].copy_from_slice(one);
+            }
+            all_give(&want, |k| {
+                let mut scores = vec![f32::NAN; attend_scores_len(count, len)];
+                let mut out = vec![0.0; q.len()];
+                let kv = E::head(&blocks, values);
+                k.attend_tile(&queries[..count], &q, kv, c, 0.3, &mut scores, &mut out);
+                out
+            });
+        }
+    }
 }
 
 #[test]
