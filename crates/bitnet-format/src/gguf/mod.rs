@@ -6,6 +6,7 @@
 //! tensor directory, padding to `general.alignment`, the data.
 //! Specification: docs/gguf.md of the ggml project.
 
+pub mod blocks;
 mod reader;
 mod types;
 mod value;
