@@ -138,23 +138,90 @@ impl Norm {
     }
 }
 
+/// A tensor of a model, by what it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Tensor {
+    /// The token embedding, `[vocab_size, hidden_size]`.
+    Embedding,
+    /// A norm of a block.
+    Norm(usize, Norm),
+    /// A linear layer of a block, `[out, in]`.
+    Linear(usize, Linear),
+    /// The norm before the head.
+    FinalNorm,
+    /// The head of a model with untied embeddings, `[vocab_size, hidden_size]`.
+    Head,
+}
+
+impl Tensor {
+    /// Every tensor of a model of this configuration, in the order of files.
+    #[must_use]
+    pub fn all(config: &ModelConfig) -> Vec<Self> {
+        let mut all = vec![Self::Embedding];
+        for layer in 0..config.num_hidden_layers {
+            all.extend(Norm::of(config).iter().map(|n| Self::Norm(layer, *n)));
+            all.extend(Linear::ALL.map(|l| Self::Linear(layer, l)));
+        }
+        all.push(Self::FinalNorm);
+        if !config.tie_word_embeddings {
+            all.push(Self::Head);
+        }
+        all
+    }
+
+    /// The Hugging Face name.
+    #[must_use]
+    pub fn hf(self) -> String {
+        match self {
+            Self::Embedding => EMBEDDING.to_owned(),
+            Self::Norm(layer, norm) => norm.hf(layer),
+            Self::Linear(layer, linear) => linear.hf(layer),
+            Self::FinalNorm => FINAL_NORM.to_owned(),
+            Self::Head => LM_HEAD.to_owned(),
+        }
+    }
+
+    /// The GGUF name of the weight.
+    #[must_use]
+    pub fn gguf(self) -> String {
+        match self {
+            Self::Embedding => "token_embd.weight".to_owned(),
+            Self::Norm(layer, norm) => norm.gguf(layer),
+            Self::Linear(layer, linear) => format!("{}.weight", linear.gguf(layer)),
+            Self::FinalNorm => "output_norm.weight".to_owned(),
+            Self::Head => "output.weight".to_owned(),
+        }
+    }
+
+    /// Whether it is a norm: it has one dimension.
+    #[must_use]
+    pub fn is_norm(self) -> bool {
+        matches!(self, Self::Norm(..) | Self::FinalNorm)
+    }
+
+    /// Rows and columns; a norm is one row.
+    #[must_use]
+    pub fn shape(self, config: &ModelConfig) -> [usize; 2] {
+        match self {
+            Self::Embedding | Self::Head => [config.vocab_size, config.hidden_size],
+            Self::Norm(_, norm) => [1, norm.size(config)],
+            Self::Linear(_, linear) => linear.shape(config),
+            Self::FinalNorm => [1, config.hidden_size],
+        }
+    }
+
+    /// The dimensions, as files have them: a norm has one.
+    #[must_use]
+    pub fn dims(self, config: &ModelConfig) -> Vec<usize> {
+        let shape = self.shape(config);
+        if self.is_norm() { vec![shape[1]] } else { shape.to_vec() }
+    }
+}
+
 /// Every tensor of a checkpoint as (Hugging Face name, shape), in file order.
 #[must_use]
 pub fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let mut all = vec![(EMBEDDING.to_owned(), vec![config.vocab_size, config.hidden_size])];
-    for layer in 0..config.num_hidden_layers {
-        for norm in Norm::of(config) {
-            all.push((norm.hf(layer), vec![norm.size(config)]));
-        }
-        for linear in Linear::ALL {
-            all.push((linear.hf(layer), linear.shape(config).to_vec()));
-        }
-    }
-    all.push((FINAL_NORM.to_owned(), vec![config.hidden_size]));
-    if !config.tie_word_embeddings {
-        all.push((LM_HEAD.to_owned(), vec![config.vocab_size, config.hidden_size]));
-    }
-    all
+    Tensor::all(config).into_iter().map(|t| (t.hf(), t.dims(config))).collect()
 }
 
 #[cfg(test)]
