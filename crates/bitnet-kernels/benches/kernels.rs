@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::Layout;
 use bitnet_kernels::{
-    AttendQuery, DenseRows, Kernels, KvHead, MatMut, QuantizedTokens, TernaryRows,
+    AttendQuery, DenseRows, Kernels, KvHead, KvHeadInt8Mut, MatMut, QuantizedTokens, TernaryRows,
     attend_scores_len, key_blocks_len, store_key,
 };
 use half::f16;
@@ -288,9 +288,19 @@ fn float() {
     let mut outs = vec![0f32; 8 * head];
     let wide_keys: Vec<f32> = keys.iter().map(|x| x.to_f32()).collect();
     let wide_values: Vec<f32> = values.iter().map(|x| x.to_f32()).collect();
+    let mut int8 = (vec![0i8; keys.len()], vec![0.0; 1008], vec![0i8; len * head], vec![0.0; len]);
+    for t in 0..len {
+        let (keys, key_scales) = (&mut int8.0[..], &mut int8.1[..]);
+        let (values, value_scales) = (&mut int8.2[..], &mut int8.3[..]);
+        let cache = KvHeadInt8Mut { keys, key_scales, values, value_scales };
+        Kernels::detect().store_int8(cache, t, &a[t..t + head], &wide_values[t * head..][..head]);
+    }
+    let (keys_int8, key_scales, values_int8, value_scales) =
+        (&int8.0[..], &int8.1[..], &int8.2[..], &int8.3[..]);
     let kinds = [
         ("f32", KvHead::F32 { keys: &wide_keys, values: &wide_values }),
         ("f16", KvHead::F16 { keys: &keys, values: &values }),
+        ("int8", KvHead::Int8 { keys: keys_int8, key_scales, values: values_int8, value_scales }),
     ];
     for (name, kv) in kinds {
         for count in [1, 4, 8] {

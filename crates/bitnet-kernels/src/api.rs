@@ -3,7 +3,9 @@
 
 use bitnet_core::ternary::{self, dequantize};
 
-use crate::attention::{self, AttendQuery, Head, KvElement, KvHead, attend_scores_len};
+use crate::attention::{
+    self, AttendQuery, Head, KvElement, KvHead, KvHeadInt8Mut, attend_scores_len,
+};
 use crate::dense::{self, DenseRows};
 use crate::float;
 use crate::int4_rows::{self, Int4Rows};
@@ -157,16 +159,36 @@ impl Kernels {
         let longest = queries.iter().map(|q| q.len).max().unwrap_or(0);
         assert!(queries.iter().all(|q| q.len > 0), "attention over no position");
         assert!(scores.len() >= attend_scores_len(queries.len(), longest), "scratch for scores");
+        let none = &[][..];
         match kv {
             KvHead::F32 { keys, values } => {
-                let head = Head { keys, values, dim, scale };
+                let (key_scales, value_scales) = (none, none);
+                let head = Head { keys, values, key_scales, value_scales, dim, scale };
                 dispatch!(self, isa => attention::attend(isa, head, queries, q, scores, out));
             }
             KvHead::F16 { keys, values } => {
-                let head = Head { keys, values, dim, scale };
+                let (key_scales, value_scales) = (none, none);
+                let head = Head { keys, values, key_scales, value_scales, dim, scale };
+                dispatch!(self, isa => attention::attend(isa, head, queries, q, scores, out));
+            }
+            KvHead::Int8 { keys, key_scales, values, value_scales } => {
+                let head = Head { keys, values, key_scales, value_scales, dim, scale };
                 dispatch!(self, isa => attention::attend(isa, head, queries, q, scores, out));
             }
         }
+    }
+
+    /// Stores the key and the value of one position as integers. Each vector is
+    /// quantised as [`Kernels::quantize`] does: an element is off by at most half
+    /// its scale, which is 1/127 of its vector's largest magnitude (at least 1e-5).
+    ///
+    /// # Shapes
+    /// `key` and `value` are `[C]`; `head` as in [`KvHead::Int8`].
+    ///
+    /// # Panics
+    /// If the head holds no such position.
+    pub fn store_int8(self, head: KvHeadInt8Mut<'_>, position: usize, key: &[f32], value: &[f32]) {
+        dispatch!(self, _isa => attention::store_int8(head, position, key, value));
     }
 
     /// Exact sums of int8 rows and int8 vectors:

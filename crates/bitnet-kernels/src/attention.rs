@@ -12,6 +12,7 @@
 use half::f16;
 
 use crate::float::exp_sum;
+use crate::quantize::activations;
 use crate::simd::{Element, Simd, array};
 
 /// Positions in a block of transposed keys.
@@ -33,7 +34,8 @@ pub trait KvElement: Copy + Send + Sync + 'static {
 /// Keys and values of one head, as they are cached.
 ///
 /// # Shapes
-/// Keys are blocks as [`store_key`] writes them; values are `[T, C]`.
+/// Keys are blocks as [`store_key`] writes them; values are `[T, C]`; scales are
+/// `[T]`, those of keys for whole blocks.
 #[derive(Debug, Clone, Copy)]
 #[allow(missing_docs, reason = "the shapes are the enum's")]
 pub enum KvHead<'a> {
@@ -41,6 +43,9 @@ pub enum KvHead<'a> {
     F32 { keys: &'a [f32], values: &'a [f32] },
     /// Half precision.
     F16 { keys: &'a [f16], values: &'a [f16] },
+    /// Integers, and for each position the scales that multiply its key and its
+    /// value.
+    Int8 { keys: &'a [i8], key_scales: &'a [f32], values: &'a [i8], value_scales: &'a [f32] },
 }
 
 impl KvElement for f32 {
@@ -84,11 +89,44 @@ pub const fn key_blocks_len(positions: usize, head_dim: usize) -> usize {
 /// # Shapes
 /// `key` is `[C]`; `blocks` has [`key_blocks_len`] elements.
 pub fn store_key<E: KvElement>(blocks: &mut [E], position: usize, key: &[f32]) {
+    transpose_key(blocks, position, key, E::from_f32);
+}
+
+/// Stores the key and the value of one position as integers: each `[C]` is
+/// quantised like the activations of a token ([`bitnet_core::ternary`]), so an
+/// element is off by at most half its scale, which is 1/127 of the largest
+/// magnitude (at least 1e-5) of its vector.
+#[inline(always)]
+pub(crate) fn store_int8(head: KvHeadInt8Mut<'_>, position: usize, key: &[f32], value: &[f32]) {
+    // The value's place holds the integers of the key for a moment.
+    let row = &mut head.values[position * value.len()..][..value.len()];
+    (head.key_scales[position], _) = activations(key, row);
+    transpose_key(head.keys, position, row, |q| q);
+    (head.value_scales[position], _) = activations(value, row);
+}
+
+#[inline(always)]
+fn transpose_key<T: Copy, E>(
+    blocks: &mut [E],
+    position: usize,
+    key: &[T],
+    element: impl Fn(T) -> E,
+) {
     let (block, slot) = (position / KEY_BLOCK, position % KEY_BLOCK);
     let block = &mut blocks[block * KEY_BLOCK * key.len()..][..KEY_BLOCK * key.len()];
     for (c, &x) in key.iter().enumerate() {
-        block[c * KEY_BLOCK + slot] = E::from_f32(x);
+        block[c * KEY_BLOCK + slot] = element(x);
     }
+}
+
+/// [`KvHead::Int8`], to be written.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "see KvHead")]
+pub struct KvHeadInt8Mut<'a> {
+    pub keys: &'a mut [i8],
+    pub key_scales: &'a mut [f32],
+    pub values: &'a mut [i8],
+    pub value_scales: &'a mut [f32],
 }
 
 /// One of several queries.
@@ -114,6 +152,9 @@ pub(crate) struct Head<'a, E> {
     pub(crate) keys: &'a [E],
     /// `[T, C]`.
     pub(crate) values: &'a [E],
+    /// `[T]` in whole blocks, and `[T]`; empty unless elements are scaled.
+    pub(crate) key_scales: &'a [f32],
+    pub(crate) value_scales: &'a [f32],
     /// C.
     pub(crate) dim: usize,
     /// Multiplies the sums of products.
@@ -166,6 +207,12 @@ fn tile<S: Simd, E: Element, const Q: usize>(
     for (i, query) in queries.iter().enumerate() {
         let (_, sum) = exp_sum(isa, &mut scores[i * stride..][..query.len]);
         inv_sums[i] = 1.0 / sum;
+        if E::SCALED {
+            let weights = &mut scores[i * stride..][..query.len];
+            for (weight, &scale) in weights.iter_mut().zip(head.value_scales) {
+                *weight *= scale;
+            }
+        }
     }
     // What all see together, then what one query sees further, and its sum.
     let weights = array!(Q, i => &scores[rows[i] * stride..][..shortest]);
@@ -177,7 +224,8 @@ fn tile<S: Simd, E: Element, const Q: usize>(
     }
 }
 
-/// `scores[rows[i]][t] = (Σ_c qs[i][c] · key[t][c]) · scale` for whole blocks.
+/// `scores[rows[i]][t] = (Σ_c qs[i][c] · key[t][c]) · scale` for whole blocks,
+/// times the key's own scale where it has one.
 #[inline(always)]
 fn all_scores<S: Simd, E: Element, const Q: usize>(
     isa: S,
@@ -234,7 +282,12 @@ fn score_blocks<S: Simd, E: Element, const Q: usize, const B: usize>(
     let scale = isa.splat(head.scale);
     for i in 0..Q {
         for b in 0..B {
-            scores[rows[i] * blocks + first + b] = isa.floats(isa.mul(sums[i][b], scale));
+            let mut score = isa.mul(sums[i][b], scale);
+            if E::SCALED {
+                let key_scales = &head.key_scales.as_chunks::<KEY_BLOCK>().0[first + b];
+                score = isa.mul(score, isa.load_f32(key_scales));
+            }
+            scores[rows[i] * blocks + first + b] = isa.floats(score);
         }
     }
 }

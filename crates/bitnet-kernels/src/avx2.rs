@@ -179,6 +179,16 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn load_i8(self, x: &[i8; 16]) -> Self::Floats {
+                let (halves, _) = x.as_chunks::<8>();
+                both!(i => {
+                    // SAFETY: the features are proven by `self`; a half is 8 bytes.
+                    let ints = unsafe { _mm_loadl_epi64(halves[i].as_ptr().cast()) };
+                    op!(self, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(ints)))
+                })
+            }
+
+            #[inline(always)]
             fn splat(self, x: f32) -> Self::Floats {
                 [op!(self, _mm256_set1_ps(x)); 2]
             }

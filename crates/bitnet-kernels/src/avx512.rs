@@ -235,6 +235,13 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn load_i8(self, x: &[i8; 16]) -> __m512 {
+                // SAFETY: the features are proven by `self`; the array is 16 bytes.
+                let ints = unsafe { _mm_loadu_si128(x.as_ptr().cast()) };
+                op!(self, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(ints)))
+            }
+
+            #[inline(always)]
             fn splat(self, x: f32) -> __m512 {
                 op!(self, _mm512_set1_ps(x))
             }

@@ -41,8 +41,8 @@ mod simd;
 mod ternary;
 
 pub use attention::{
-    ATTEND_TILE, AttendQuery, KEY_BLOCK, KvElement, KvHead, attend_scores_len, key_blocks_len,
-    store_key,
+    ATTEND_TILE, AttendQuery, KEY_BLOCK, KvElement, KvHead, KvHeadInt8Mut, attend_scores_len,
+    key_blocks_len, store_key,
 };
 pub use dense::DenseRows;
 #[cfg(feature = "gemm")]

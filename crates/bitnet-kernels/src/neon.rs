@@ -233,6 +233,20 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn load_i8(self, x: &[i8; 16]) -> Self::Floats {
+                // SAFETY: the features are proven by `self`; the array is 16 bytes.
+                let ints = unsafe { vld1q_s8(x.as_ptr()) };
+                let low = op!(self, vmovl_s8(vget_low_s8(ints)));
+                let high = op!(self, vmovl_high_s8(ints));
+                [
+                    op!(self, vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)))),
+                    op!(self, vcvtq_f32_s32(vmovl_high_s16(low))),
+                    op!(self, vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)))),
+                    op!(self, vcvtq_f32_s32(vmovl_high_s16(high))),
+                ]
+            }
+
+            #[inline(always)]
             fn splat(self, x: f32) -> Self::Floats {
                 [op!(self, vdupq_n_f32(x)); 4]
             }

@@ -154,6 +154,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn load_i8(self, x: &[i8; 16]) -> [f32; 16] {
+        array!(16, i => f32::from(x[i]))
+    }
+
+    #[inline(always)]
     fn splat(self, x: f32) -> [f32; 16] {
         [x; 16]
     }

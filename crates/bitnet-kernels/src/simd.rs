@@ -118,6 +118,8 @@ pub(crate) trait Simd: Copy {
     fn load_f16(self, x: &[f16; 16]) -> Self::Floats;
     /// Sixteen bfloat16, widened.
     fn load_bf16(self, x: &[bf16; 16]) -> Self::Floats;
+    /// Sixteen integers, as floats.
+    fn load_i8(self, x: &[i8; 16]) -> Self::Floats;
     /// One value, sixteen times over.
     fn splat(self, x: f32) -> Self::Floats;
     /// `acc + a · b`, rounded twice: never fused.
@@ -192,6 +194,8 @@ pub(crate) static P5_PAIR_LAST: [u8; 64] = p5_table(192, 1);
 
 /// A stored float; its value as f32 is exact.
 pub(crate) trait Element: Copy + Default {
+    /// Whether a scale multiplies each vector of such elements.
+    const SCALED: bool = false;
     /// The value.
     fn widen(self) -> f32;
     /// Sixteen values.
@@ -236,6 +240,19 @@ impl Element for bf16 {
     #[inline(always)]
     fn load<S: Simd>(isa: S, x: &[Self; 16]) -> S::Floats {
         isa.load_bf16(x)
+    }
+}
+
+impl Element for i8 {
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from(self)
+    }
+    #[inline(always)]
+    fn load<S: Simd>(isa: S, x: &[Self; 16]) -> S::Floats {
+        isa.load_i8(x)
     }
 }
 

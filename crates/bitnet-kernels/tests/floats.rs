@@ -6,8 +6,8 @@
 
 use bitnet_core::ternary::{LANES, lane_sum};
 use bitnet_kernels::{
-    AttendQuery, DenseRows, KEY_BLOCK, Kernels, KvElement, MatMut, attend_scores_len,
-    key_blocks_len, store_key,
+    AttendQuery, DenseRows, KEY_BLOCK, Kernels, KvElement, KvHead, KvHeadInt8Mut, MatMut,
+    attend_scores_len, key_blocks_len, store_key,
 };
 use half::{bf16, f16};
 use proptest::collection::vec;
@@ -239,6 +239,104 @@ fn check_attention<E: KvElement>(q: &[f32], kv: &[f32], len: usize) {
     }
 }
 
+/// An int8 cache of keys and values `[T, C]`, with what lies behind them hostile.
+struct Int8Cache {
+    keys: Vec<i8>,
+    key_scales: Vec<f32>,
+    values: Vec<i8>,
+    value_scales: Vec<f32>,
+}
+
+impl Int8Cache {
+    fn new(kernels: Kernels, keys: &[f32], values: &[f32], c: usize) -> Self {
+        let len = keys.len() / c;
+        let mut cache = Self {
+            keys: vec![77; key_blocks_len(len, c)],
+            key_scales: vec![f32::NAN; key_blocks_len(len, 1)],
+            values: vec![0; len * c],
+            value_scales: vec![0.0; len],
+        };
+        for (t, (key, value)) in keys.chunks_exact(c).zip(values.chunks_exact(c)).enumerate() {
+            let head = KvHeadInt8Mut {
+                keys: &mut cache.keys,
+                key_scales: &mut cache.key_scales,
+                values: &mut cache.values,
+                value_scales: &mut cache.value_scales,
+            };
+            kernels.store_int8(head, t, key, value);
+        }
+        cache
+    }
+
+    fn head(&self) -> KvHead<'_> {
+        let Self { keys, key_scales, values, value_scales } = self;
+        KvHead::Int8 { keys, key_scales, values, value_scales }
+    }
+}
+
+/// Attention over integers as it is defined: a score is the integers' sum times
+/// the two scales, a weight is multiplied by its value's scale.
+fn attend_int8_plain(q: &[f32], cache: &Int8Cache, len: usize, scale: f32) -> Vec<f32> {
+    let c = q.len();
+    let key = |t: usize, i: usize| {
+        f32::from(cache.keys[(t / KEY_BLOCK * c + i) * KEY_BLOCK + t % KEY_BLOCK])
+    };
+    let score = |t: usize| {
+        (0..c).fold(0.0f32, |sum, i| sum + q[i] * key(t, i)) * scale * cache.key_scales[t]
+    };
+    let mut scores: Vec<f32> = (0..len).map(score).collect();
+    let max = scores.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
+    scores.iter_mut().for_each(|s| *s = exp(*s - max));
+    let mut lanes = [0.0f32; LANES];
+    scores.iter().enumerate().for_each(|(t, s)| lanes[t % LANES] += s);
+    let inv_sum = 1.0 / lane_sum(lanes);
+    scores.iter_mut().zip(&cache.value_scales).for_each(|(s, scale)| *s *= scale);
+    let value = |t: usize, i: usize| f32::from(cache.values[t * c + i]);
+    let column = |i: usize| (0..len).fold(0.0f32, |sum, t| sum + scores[t] * value(t, i));
+    (0..c).map(|i| column(i) * inv_sum).collect()
+}
+
+fn check_int8_attention(q: &[f32], kv: &[f32], len: usize) {
+    let (c, scale) = (q.len(), 0.3);
+    let (keys, values) = kv.split_at(len * c);
+    let cache = Int8Cache::new(Kernels::by_name("portable").unwrap(), keys, values, c);
+    for k in Kernels::all() {
+        let other = Int8Cache::new(k, keys, values, c);
+        assert!(other.keys == cache.keys && other.values == cache.values, "{}", k.name());
+        assert_eq!(bits(&other.key_scales), bits(&cache.key_scales), "{}", k.name());
+        assert_eq!(other.value_scales, cache.value_scales, "{}", k.name());
+    }
+    let queries: Vec<AttendQuery> =
+        (0..6).map(|i| AttendQuery { at: i * c, len: [len - i * len / 40, len][i % 2] }).collect();
+    let q: Vec<f32> = (0..6 * c).map(|i| q[i % c] * (1.0 - (i / c) as f32 * 0.2)).collect();
+    for count in [1, 3, 6] {
+        let one = |a: &AttendQuery| attend_int8_plain(&q[a.at..][..c], &cache, a.len, scale);
+        let want: Vec<f32> = queries[..count].iter().flat_map(one).collect();
+        all_give(&want, |k| {
+            let mut scores = vec![f32::NAN; attend_scores_len(count, len)];
+            let mut out = vec![0.0; count * c];
+            let queries = &queries[..count];
+            k.attend_tile(queries, &q, cache.head(), c, scale, &mut scores, &mut out);
+            out
+        });
+        // An element is off by half its scale, so a score by half the largest scale
+        // times the query's magnitudes. Scores within e change no weight by more
+        // than a factor of e^2e, and an output by as much of the largest value.
+        for (a, found) in queries.iter().zip(want.chunks_exact(c)) {
+            let q = &q[a.at..][..c];
+            let largest = |x: &[f32]| x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+            let half = |scales: &[f32]| largest(&scales[..a.len]) * 0.5001;
+            let e = half(&cache.key_scales) * scale * q.iter().map(|x| x.abs()).sum::<f32>();
+            let bound =
+                half(&cache.value_scales) + ((2.0 * e).exp() - 1.0) * largest(values) + 1e-4;
+            let exact = attend_plain(q, keys, values, a.len, scale);
+            for (found, exact) in found.iter().zip(exact) {
+                assert!((found - exact).abs() <= bound, "{found} {exact} {bound}");
+            }
+        }
+    }
+}
+
 #[test]
 fn lengths_around_a_vector() {
     for n in [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 255, 576, 1000] {
@@ -256,6 +354,7 @@ fn attention_of_many_lengths() {
             let of = |n: usize, f: f32| (0..n).map(|i| (i as f32 * f).sin()).collect::<Vec<_>>();
             check_attention::<f32>(&of(c, 0.9), &of(2 * len * c, 0.37), len);
             check_attention::<f16>(&of(c, 0.9), &of(2 * len * c, 0.37), len);
+            check_int8_attention(&of(c, 0.9), &of(2 * len * c, 0.37), len);
         }
     }
 }
