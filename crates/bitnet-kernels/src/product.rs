@@ -70,9 +70,7 @@ impl Codec for P5 {
 
     #[inline(always)]
     fn add_block<S: Simd>(isa: S, quad: S::Quad, block: S::Bytes, acts: &[[i8; 64]]) -> S::Quad {
-        let (four, last) = isa.p5_codes(block);
-        let quad = isa.quad_dot(quad, four, array!(4, p => isa.load_acts(&acts[p])));
-        isa.quad_dot_one(quad, last, isa.load_acts(&acts[4]))
+        isa.quad_dot_p5(quad, block, array!(5, p => isa.load_acts(&acts[p])))
     }
 }
 

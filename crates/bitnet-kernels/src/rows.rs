@@ -1,16 +1,13 @@
-//! The integer product for few tokens: rows stay packed and are read once, four
-//! at a time, so that four sums share each activation vector and one reduction.
+//! The integer product for few tokens: rows stay packed and are read from memory
+//! once, four at a time, so that sums share activation vectors and reductions.
 
 use crate::mat::MatMut;
 use crate::product::Codec;
 use crate::simd::{Simd, array};
 use crate::ternary::{TernaryRows, TokensRef};
 
-/// Rows that are read side by side.
-const ROWS: usize = 4;
-
-/// How far ahead of the block in use memory is asked for.
-const PREFETCH_BYTES: usize = 4096;
+/// How far ahead of the block in use memory is asked for, in each stream.
+const PREFETCH_BYTES: usize = 2048;
 
 /// See [`crate::product::product`].
 #[inline(always)]
@@ -18,52 +15,72 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
     isa: S,
     w: TernaryRows<'_>,
     x: TokensRef<'_>,
+    out: MatMut<'_, O>,
+    finish: impl Fn(usize, i32) -> O + Copy,
+) {
+    // Many tokens keep what is unpacked of two rows busy, and 16 sums in registers.
+    if S::WIDE && x.len() > 4 {
+        streams::<S, C, O, 2>(isa, w, x, out, finish, 8);
+    } else {
+        streams::<S, C, O, 4>(isa, w, x, out, finish, if S::WIDE { 4 } else { 3 });
+    }
+}
+
+/// `R` rows side by side. They lie an `R`-th of the matrix apart, so that each is
+/// a stream of its own that runs through memory without a gap: that is what the
+/// prefetchers of processors follow best. At most `most` tokens at a time.
+#[inline(always)]
+fn streams<S: Simd, C: Codec, O: Copy, const R: usize>(
+    isa: S,
+    w: TernaryRows<'_>,
+    x: TokensRef<'_>,
     mut out: MatMut<'_, O>,
     finish: impl Fn(usize, i32) -> O + Copy,
+    most: usize,
 ) {
     let blocks = w.layout.row_bytes(w.cols) / 64;
     let bytes = w.bytes.as_chunks::<64>().0;
-    let mut n = 0;
-    while n < w.len() {
-        // Behind the last row its neighbour is repeated and its sum dropped.
-        let rows: [&[[u8; 64]]; ROWS] = array!(ROWS, r => {
-            let row = (n + r).min(w.len() - 1);
+    let apart = w.len().div_ceil(R);
+    for n in 0..apart {
+        // Behind the last row it is repeated and its sum dropped.
+        let rows: [&[[u8; 64]]; R] = array!(R, r => {
+            let row = (n + r * apart).min(w.len() - 1);
             &bytes[row * blocks..(row + 1) * blocks]
         });
-        let valid = ROWS.min(w.len() - n);
         let mut t = 0;
         while t < x.len() {
-            // Up to four tokens at a time; where registers are few, three at most.
-            let mut sums = [[0; ROWS]; 4];
-            let count = match x.len() - t {
-                1 => {
-                    sums[0] = dot_one::<S, C>(isa, rows, token::<C>(&x, t, blocks));
-                    1
-                }
-                4.. if S::WIDE => {
-                    let acts = array!(4, i => token::<C>(&x, t + i, blocks));
-                    sums = dot_block::<S, C, 4>(isa, rows, acts);
-                    4
-                }
-                2 | 4 => {
-                    let acts = array!(2, i => token::<C>(&x, t + i, blocks));
-                    [sums[0], sums[1]] = dot_block::<S, C, 2>(isa, rows, acts);
-                    2
-                }
-                _ => {
-                    let acts = array!(3, i => token::<C>(&x, t + i, blocks));
-                    [sums[0], sums[1], sums[2]] = dot_block::<S, C, 3>(isa, rows, acts);
-                    3
-                }
-            };
+            // Tiles of nearly one size: 5 and 4 tokens, not 8 and 1.
+            let left = x.len() - t;
+            let count = left.div_ceil(left.div_ceil(most));
+            let mut sums = [[0; R]; 8];
+            macro_rules! tile {
+                ($count:literal) => {{
+                    let acts = array!($count, i => token::<C>(&x, t + i, blocks));
+                    let tile: [[i32; R]; $count] = dot_block::<S, C, R, $count>(isa, rows, acts);
+                    sums[..$count].copy_from_slice(&tile);
+                }};
+            }
+            match count {
+                1 => sums[0] = dot_one::<S, C, R>(isa, rows, token::<C>(&x, t, blocks)),
+                2 => tile!(2),
+                3 => tile!(3),
+                4 if S::WIDE => tile!(4),
+                5 if R == 2 => tile!(5),
+                6 if R == 2 => tile!(6),
+                7 if R == 2 => tile!(7),
+                8 if R == 2 => tile!(8),
+                _ => unreachable!("a tile has at most `most` tokens"),
+            }
             for (t, sums) in (t..).zip(&sums[..count]) {
-                for (out, &sum) in out.row(t)[n..n + valid].iter_mut().zip(sums) {
-                    *out = finish(t, sum);
+                let out = out.row(t);
+                for (r, &sum) in sums.iter().enumerate() {
+                    if let Some(out) = out.get_mut(n + r * apart) {
+                        *out = finish(t, sum);
+                    }
                 }
             }
             t += count;
         }
-        n += ROWS;
     }
 }
 
@@ -73,69 +90,93 @@ fn token<'a, C: Codec>(x: &TokensRef<'a>, t: usize, blocks: usize) -> &'a [[i8; 
     &x.token(t).as_chunks::<64>().0[..blocks * C::PLANES]
 }
 
-/// Totals of four rows and one token; codes are not unpacked where the instruction
+/// Totals of `R` rows and one token; codes are not unpacked where the instruction
 /// set can do without.
 #[inline(always)]
-fn dot_one<S: Simd, C: Codec>(isa: S, rows: [&[[u8; 64]]; ROWS], acts: &[[i8; 64]]) -> [i32; ROWS] {
+fn dot_one<S: Simd, C: Codec, const R: usize>(
+    isa: S,
+    rows: [&[[u8; 64]]; R],
+    acts: &[[i8; 64]],
+) -> [i32; R] {
     let blocks = rows[0].len();
-    let rows = array!(ROWS, r => &rows[r][..blocks]);
+    let rows = array!(R, r => &rows[r][..blocks]);
     let acts = &acts[..blocks * C::PLANES];
-    let mut sums = [isa.sums_zero(); ROWS];
+    let mut sums = [isa.sums_zero(); R];
     let mut start = 0;
     while start < blocks {
         let end = blocks.min(start.saturating_add(S::PART_DOTS / C::PLANES));
-        let mut quads = [isa.quad_zero(); ROWS];
+        let mut quads = [isa.quad_zero(); R];
         for b in start..end {
             let acts = &acts[b * C::PLANES..(b + 1) * C::PLANES];
-            for r in 0..ROWS {
+            for r in 0..R {
                 isa.prefetch(rows[r][b].as_ptr().wrapping_add(PREFETCH_BYTES));
                 quads[r] = C::add_block(isa, quads[r], isa.load(&rows[r][b]), acts);
             }
         }
-        for r in 0..ROWS {
+        for r in 0..R {
             sums[r] = isa.add_sums(sums[r], isa.quad_sums(quads[r]));
         }
         start = end;
     }
-    isa.totals(sums)
+    totals(isa, [sums])[0]
 }
 
-/// Totals of four rows and `T` tokens; a plane is unpacked once for all tokens.
+/// Totals of `R` rows and `T` tokens; a plane is unpacked once for all tokens.
 #[inline(always)]
-fn dot_block<S: Simd, C: Codec, const T: usize>(
+fn dot_block<S: Simd, C: Codec, const R: usize, const T: usize>(
     isa: S,
-    rows: [&[[u8; 64]]; ROWS],
+    rows: [&[[u8; 64]]; R],
     acts: [&[[i8; 64]]; T],
-) -> [[i32; ROWS]; T] {
+) -> [[i32; R]; T] {
     let blocks = rows[0].len();
-    let rows = array!(ROWS, r => &rows[r][..blocks]);
+    let rows = array!(R, r => &rows[r][..blocks]);
     let acts = array!(T, t => &acts[t][..blocks * C::PLANES]);
-    let mut sums = [[isa.sums_zero(); ROWS]; T];
+    let mut sums = [[isa.sums_zero(); R]; T];
     let mut start = 0;
     while start < blocks {
         let end = blocks.min(start.saturating_add(S::PART_DOTS / C::PLANES));
-        let mut parts = [[isa.part_zero(); ROWS]; T];
+        let mut parts = [[isa.part_zero(); R]; T];
         for b in start..end {
-            let prepared = array!(ROWS, r => {
+            let prepared = array!(R, r => {
                 isa.prefetch(rows[r][b].as_ptr().wrapping_add(PREFETCH_BYTES));
                 C::prepare(isa, isa.load(&rows[r][b]))
             });
             for p in 0..C::PLANES {
-                let q = array!(T, t => isa.load_acts(&acts[t][b * C::PLANES + p]));
-                for r in 0..ROWS {
-                    let codes = C::plane(isa, prepared[r], p);
-                    for t in 0..T {
-                        parts[t][r] = isa.dot(parts[t][r], codes, q[t]);
+                let codes = array!(R, r => C::plane(isa, prepared[r], p));
+                for t in 0..T {
+                    let q = isa.load_acts(&acts[t][b * C::PLANES + p]);
+                    for r in 0..R {
+                        parts[t][r] = isa.dot(parts[t][r], codes[r], q);
                     }
                 }
             }
         }
         for t in 0..T {
-            for r in 0..ROWS {
+            for r in 0..R {
                 sums[t][r] = isa.add_sums(sums[t][r], isa.part_sums(parts[t][r]));
             }
         }
         start = end;
     }
-    array!(T, t => isa.totals(sums[t]))
+    totals(isa, sums)
+}
+
+/// The total of each vector, four at a time.
+#[inline(always)]
+fn totals<S: Simd, const R: usize, const T: usize>(
+    isa: S,
+    sums: [[S::Sums; R]; T],
+) -> [[i32; R]; T] {
+    let mut out = [[0; R]; T];
+    for i in (0..R * T).step_by(4) {
+        // Behind the last vector it is repeated and its total dropped.
+        let four = array!(4, j => {
+            let at = (i + j).min(R * T - 1);
+            sums[at / R][at % R]
+        });
+        for (j, total) in isa.totals(four).into_iter().enumerate().take(R * T - i) {
+            out[(i + j) / R][(i + j) % R] = total;
+        }
+    }
+    out
 }

@@ -77,6 +77,18 @@ pub(crate) trait Simd: Copy {
     fn quad_dot(self, quad: Self::Quad, codes: Self::Bytes, acts: [Self::Bytes; 4]) -> Self::Quad;
     /// Adds the products of one plane of codes.
     fn quad_dot_one(self, quad: Self::Quad, codes: Self::Bytes, acts: Self::Bytes) -> Self::Quad;
+    /// Adds the products of the five planes of a block of layout P5.
+    #[inline(always)]
+    fn quad_dot_p5(
+        self,
+        quad: Self::Quad,
+        block: Self::Bytes,
+        [a, b, c, d, e]: [Self::Bytes; 5],
+    ) -> Self::Quad {
+        let (four, last) = self.p5_codes(block);
+        let quad = self.quad_dot(quad, four, [a, b, c, d]);
+        self.quad_dot_one(quad, last, e)
+    }
     /// The sums of a quad, spread over sixteen lanes in any way.
     fn quad_sums(self, quad: Self::Quad) -> Self::Sums;
 
@@ -191,6 +203,17 @@ pub(crate) static P5_FOUR: [u8; 64] = p5_table(0, 0);
 pub(crate) static P5_PAIR_FOUR: [u8; 64] = p5_table(192, 0);
 /// The last code where the high two bits are 3.
 pub(crate) static P5_PAIR_LAST: [u8; 64] = p5_table(192, 1);
+
+/// The last code where the high two bits are 3, in the high two bits.
+pub(crate) static P5_PAIR_LAST_HIGH: [u8; 64] = {
+    let mut table = p5_table(192, 1);
+    let mut i = 0;
+    while i < 64 {
+        table[i] <<= 6;
+        i += 1;
+    }
+    table
+};
 
 /// A stored float; its value as f32 is exact.
 pub(crate) trait Element: Copy + Default {
