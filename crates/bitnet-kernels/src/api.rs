@@ -215,7 +215,7 @@ impl Kernels {
     pub fn int4_sums(self, w: Int4Rows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
         assert_eq!((out.rows(), out.cols()), (x.len(), w.len()), "[tokens, rows]");
         w.check(&x);
-        dispatch!(self, isa => int4_rows::product(isa, w, w.len(), x, out, #[inline(always)] |n| n));
+        dispatch!(self, isa => int4_rows::all(isa, w, x, out));
     }
 
     /// [`Kernels::int4_sums`] of the rows `rows` alone, in their order.
@@ -231,9 +231,7 @@ impl Kernels {
     ) {
         assert_eq!((out.rows(), out.cols()), (x.len(), rows.len()), "[tokens, rows]");
         w.check(&x);
-        dispatch!(self, isa => int4_rows::product(isa, w, rows.len(), x, out, #[inline(always)] |n| {
-            rows[n] as usize
-        }));
+        dispatch!(self, isa => int4_rows::listed(isa, w, rows, x, out));
     }
 
     /// Dense rows times a float vector: `out[n] = rows[n] · x`.

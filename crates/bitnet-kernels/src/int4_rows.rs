@@ -10,10 +10,11 @@ use crate::ternary::TokensRef;
 /// Columns of a block of 64 bytes.
 const BLOCK: usize = 128;
 
-/// Rows that share each vector of activations.
+/// Rows that share each vector of activations. They lie a quarter of all apart, so
+/// that each is a stream that runs through memory without a gap.
 const ROWS: usize = 4;
 
-/// How far ahead of the rows in use memory is asked for, at least.
+/// How far ahead of the block in use memory is asked for.
 const PREFETCH_BYTES: usize = 4096;
 
 /// Rows of integers 0 to 15, two in a byte.
@@ -67,30 +68,56 @@ impl<'a> Int4Rows<'a> {
     }
 }
 
-/// The rows `row(0..count)`; see [`crate::Kernels::int4_sums`].
+/// The rows from the first to the last; see [`crate::Kernels::int4_sums`].
 #[inline(always)]
-pub(crate) fn product<S: Simd>(
+pub(crate) fn all<S: Simd>(isa: S, w: Int4Rows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
+    // Behind the rows lie those of the next call.
+    let later = |_: usize, row: *const [u8; 64]| row.wrapping_byte_add(PREFETCH_BYTES);
+    product(isa, w, w.len(), x, out, |i| i, later);
+}
+
+/// Some rows; see [`crate::Kernels::int4_sums_of`].
+#[inline(always)]
+pub(crate) fn listed<S: Simd>(
+    isa: S,
+    w: Int4Rows<'_>,
+    rows: &[u32],
+    x: TokensRef<'_>,
+    out: MatMut<'_, i32>,
+) {
+    let blocks = Int4Rows::stride(w.cols) / 64;
+    let bytes = w.bytes.as_chunks::<64>().0.as_ptr();
+    let later = |i: usize, row: *const [u8; 64]| match rows.get(i + 1) {
+        Some(&later) => bytes.wrapping_add(later as usize * blocks),
+        None => row,
+    };
+    product(isa, w, rows.len(), x, out, |i| rows[i] as usize, later);
+}
+
+/// The rows `row(0..count)`; `later` says where a row's stream goes on.
+#[inline(always)]
+fn product<S: Simd>(
     isa: S,
     w: Int4Rows<'_>,
     count: usize,
     x: TokensRef<'_>,
     mut out: MatMut<'_, i32>,
     row: impl Fn(usize) -> usize + Copy,
+    later: impl Fn(usize, *const [u8; 64]) -> *const [u8; 64] + Copy,
 ) {
     let blocks = Int4Rows::stride(w.cols) / 64;
     let bytes = w.bytes.as_chunks::<64>().0;
     let acts = |t: usize| &x.token(t).as_chunks::<64>().0[..2 * blocks];
-    let ahead = PREFETCH_BYTES.div_ceil(ROWS * 64 * blocks.max(1)) * ROWS;
-    let mut n = 0;
-    while n < count {
-        // Behind the last row its neighbour is repeated and its sum dropped.
-        let (mut rows, mut next) = ([&bytes[..0]; ROWS], [&bytes[..0]; ROWS]);
+    let apart = count.div_ceil(ROWS);
+    for n in 0..apart {
+        // Behind the last row it is repeated and its sum dropped.
+        let (mut rows, mut next) = ([&bytes[..0]; ROWS], [bytes.as_ptr(); ROWS]);
         for r in 0..ROWS {
-            let [at, later] = [n + r, n + ahead + r].map(|n| row(n.min(count - 1)));
-            rows[r] = &bytes[at * blocks..(at + 1) * blocks];
-            next[r] = &bytes[later * blocks..(later + 1) * blocks];
+            let i = (n + r * apart).min(count - 1);
+            let at = row(i) * blocks;
+            rows[r] = &bytes[at..at + blocks];
+            next[r] = later(i, rows[r].as_ptr());
         }
-        let valid = ROWS.min(count - n);
         let mut t = 0;
         while t < x.len() {
             // Where registers are few, the rows come from the cache once more for
@@ -111,11 +138,15 @@ pub(crate) fn product<S: Simd>(
                 }
             };
             for (t, sums) in (t..).zip(&sums[..done]) {
-                out.row(t)[n..n + valid].copy_from_slice(&sums[..valid]);
+                let out = out.row(t);
+                for (r, &sum) in sums.iter().enumerate() {
+                    if let Some(out) = out.get_mut(n + r * apart) {
+                        *out = sum;
+                    }
+                }
             }
             t += done;
         }
-        n += ROWS;
     }
 }
 
@@ -124,17 +155,16 @@ pub(crate) fn product<S: Simd>(
 fn dot_rows<S: Simd, const T: usize>(
     isa: S,
     rows: [&[[u8; 64]]; ROWS],
-    next: [&[[u8; 64]]; ROWS],
+    next: [*const [u8; 64]; ROWS],
     acts: [&[[i8; 64]]; T],
 ) -> [[i32; ROWS]; T] {
     let blocks = rows[0].len();
     let rows = array!(ROWS, r => &rows[r][..blocks]);
-    let next = array!(ROWS, r => &next[r][..blocks]);
     let acts = array!(T, t => &acts[t][..2 * blocks]);
     let mut sums = [[isa.sums_zero(); ROWS]; T];
     for b in 0..blocks {
         let w = array!(ROWS, r => {
-            isa.prefetch(next[r][b].as_ptr());
+            isa.prefetch(next[r].wrapping_add(b).cast());
             isa.nibbles(isa.load(&rows[r][b]))
         });
         for half in 0..2 {
