@@ -72,6 +72,7 @@ pub(crate) struct RunArgs {
 enum KvArg {
     F32,
     F16,
+    Int8,
 }
 
 impl RunArgs {
@@ -81,6 +82,7 @@ impl RunArgs {
         let kv = match self.kv {
             KvArg::F32 => KvType::F32,
             KvArg::F16 => KvType::F16,
+            KvArg::Int8 => KvType::Int8,
         };
         let threads = self.threads.map(usize::from);
         let context = Some(context);

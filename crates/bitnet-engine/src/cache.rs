@@ -1,7 +1,13 @@
 //! The key and value caches of sequences: what attention reads.
 
+use std::ops::Range;
+
 use bitnet_core::ModelConfig;
-use bitnet_kernels::{Kernels, KvElement, key_blocks_len, store_key};
+use bitnet_kernels::{
+    ATTEND_TILE, AttendQuery, Kernels, KvElement, KvHead, KvHeadInt8Mut, attend_scores_len,
+    key_blocks_len, store_key,
+};
+use bytemuck::Zeroable;
 use half::f16;
 
 use crate::error::EngineError;
@@ -15,35 +21,38 @@ pub enum KvType {
     F32,
     /// Half precision: half the memory; keys and values are rounded.
     F16,
+    /// Eight-bit integers, with a scale for the key and one for the value of each
+    /// position and head: a little more than a quarter of the memory. An element
+    /// is off by at most 1/254 of the largest magnitude in its vector.
+    Int8,
 }
 
 impl KvType {
+    /// All there are.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Int8];
+
     /// The name in options.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
+            Self::Int8 => "int8",
         }
     }
 
     /// The type of that name.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::F32, Self::F16].into_iter().find(|t| t.name() == name)
+        Self::ALL.into_iter().find(|t| t.name() == name)
     }
 
     /// Bytes of the cache of a session of `context` tokens.
     #[must_use]
     pub fn bytes(self, config: &ModelConfig, context: usize) -> u64 {
-        let element = match self {
-            Self::F32 => 4,
-            Self::F16 => 2,
-        };
-        let keys = key_blocks_len(context, config.head_dim()) as u64;
-        let values = (context * config.head_dim()) as u64;
-        let heads = (config.num_hidden_layers * config.num_key_value_heads) as u64;
-        element * heads * (keys + values)
+        let heads = Heads::new(config, context);
+        let layers = (config.num_hidden_layers * config.num_key_value_heads) as u64;
+        layers * heads.head_bytes(self, context) as u64
     }
 }
 
@@ -74,9 +83,23 @@ impl Heads {
         self.context * self.dim
     }
 
-    /// Room for the scores of one query.
-    pub(crate) fn scores_len(self) -> usize {
+    fn key_scales_len(self) -> usize {
         key_blocks_len(self.context, 1)
+    }
+
+    /// Bytes of the first `positions` keys and values of one head.
+    fn head_bytes(self, kv: KvType, positions: usize) -> usize {
+        let (keys, values) = (key_blocks_len(positions, self.dim), positions * self.dim);
+        match kv {
+            KvType::F32 => 4 * (keys + values),
+            KvType::F16 => 2 * (keys + values),
+            KvType::Int8 => keys + values + 4 * (key_blocks_len(positions, 1) + positions),
+        }
+    }
+
+    /// Room for the scores of a tile of queries.
+    pub(crate) fn scores_len(self) -> usize {
+        attend_scores_len(ATTEND_TILE.min(self.queries * self.context), self.context)
     }
 }
 
@@ -85,16 +108,23 @@ impl Heads {
 pub(crate) enum KvCache {
     F32(Layers<f32>),
     F16(Layers<f16>),
+    Int8(Layers<i8>),
 }
 
 #[derive(Debug)]
 pub(crate) struct Layers<E>(Vec<LayerCache<E>>);
 
-/// Keys and values of one layer: `[K, keys_len]` and `[K, context, C]`.
+/// Keys and values of one layer, for each of its K heads.
 #[derive(Debug)]
 struct LayerCache<E> {
+    /// `[K, keys_len]`.
     keys: Vec<E>,
+    /// `[K, context, C]`.
     values: Vec<E>,
+    /// `[K, context]` in whole blocks of keys; empty unless elements are scaled.
+    key_scales: Vec<f32>,
+    /// `[K, context]`; empty unless elements are scaled.
+    value_scales: Vec<f32>,
 }
 
 /// Where a token of a pass stands: in which cache, and at which position.
@@ -118,58 +148,52 @@ pub(crate) struct Attention<'a> {
     pub(crate) k: &'a [f32],
     /// `[T, K·C]`.
     pub(crate) v: &'a [f32],
-    /// A buffer of [`Heads::scores_len`] for each part.
-    pub(crate) scores: &'a mut [f32],
-    /// `[T, H·C]`.
-    pub(crate) out: &'a mut [f32],
 }
 
 impl Attention<'_> {
     /// Stores the keys and values of the new tokens, then attends to all: one
     /// region for the queries of all caches.
-    pub(crate) fn run(self, caches: &mut [KvCache]) {
+    ///
+    /// `scores` is a buffer of [`Heads::scores_len`] for each part, `out` is
+    /// `[T, H·C]`.
+    pub(crate) fn run(&self, caches: &mut [KvCache], scores: &mut [f32], out: &mut [f32]) {
         let mut first = 0;
         for places in self.places.chunk_by(|a, b| a.cache == b.cache) {
-            caches[places[0].cache].store(&self, first, places);
+            caches[places[0].cache].store(self, first, places);
             first += places.len();
         }
-        let Heads { queries, key_values, dim, .. } = self.heads;
-        let (kernels, heads, layer, places) = (self.kernels, self.heads, self.layer, self.places);
-        let (caches, group) = (&*caches, queries / key_values);
+        let (places, dim, caches) = (self.places, self.heads.dim, &*caches);
         let attend =
             |first: usize,
              (q, scores, out): (Rows<'_, f32>, Scratch<'_, f32>, RowsMut<'_, f32>)| {
-                let scores = scores.0;
-                for (i, (q, out)) in q.iter().zip(out.iter()).enumerate() {
-                    let (place, head) =
-                        (places[(first + i) / queries], (first + i) % queries / group);
-                    let query = Query { kernels, heads, head, len: place.position + 1, q };
-                    match &caches[place.cache] {
-                        KvCache::F32(layers) => layers.0[layer].attend(query, scores, out),
-                        KvCache::F16(layers) => layers.0[layer].attend(query, scores, out),
-                    }
+                let mut rows = first..first + q.0.len() / dim;
+                let mut io = Io { q: q.0, scores: scores.0, out: out.0 };
+                while !rows.is_empty() {
+                    // The tokens of one cache.
+                    let token = rows.start / self.heads.queries;
+                    let cache = places[token].cache;
+                    let others = places[token..].iter().position(|p| p.cache != cache);
+                    let end = others.map_or(rows.end, |n| (token + n) * self.heads.queries);
+                    let now = rows.start..end.min(rows.end);
+                    rows.start = now.end;
+                    caches[cache].attend(self, first, now, &mut io);
                 }
             };
-        // Every query reads a key and a value of all positions so far.
-        let positions: usize = places.iter().map(|p| p.position + 1).sum();
-        let bytes = positions * queries * dim * 2 * caches[0].element_bytes();
-        let item = (
-            Rows(self.q, dim),
-            Scratch(self.scores, self.heads.scores_len()),
-            RowsMut(self.out, dim),
-        );
-        self.split.rows(bytes, places.len() * queries, item, &attend);
+        // At worst every query reads a key and a value of all positions so far.
+        let cached = |p: &Place| self.heads.head_bytes(caches[p.cache].kv_type(), p.position + 1);
+        let bytes = self.heads.queries * places.iter().map(cached).sum::<usize>();
+        let item = (Rows(self.q, dim), Scratch(scores, self.heads.scores_len()), RowsMut(out, dim));
+        self.split.rows(bytes, places.len() * self.heads.queries, item, &attend);
     }
 }
 
-/// One head's query `[C]` over the first `len` positions of its cache.
-struct Query<'a> {
-    kernels: Kernels,
-    heads: Heads,
-    /// The key and value head.
-    head: usize,
-    len: usize,
+/// A part's rows of queries and outputs, and its scratch.
+struct Io<'a> {
+    /// `[rows, C]`.
     q: &'a [f32],
+    scores: &'a mut [f32],
+    /// `[rows, C]`.
+    out: &'a mut [f32],
 }
 
 impl KvCache {
@@ -182,6 +206,7 @@ impl KvCache {
         match kv {
             KvType::F32 => Layers::new(layers, heads).map(Self::F32),
             KvType::F16 => Layers::new(layers, heads).map(Self::F16),
+            KvType::Int8 => Layers::new(layers, heads).map(Self::Int8),
         }
     }
 
@@ -189,13 +214,7 @@ impl KvCache {
         match self {
             Self::F32(_) => KvType::F32,
             Self::F16(_) => KvType::F16,
-        }
-    }
-
-    fn element_bytes(&self) -> usize {
-        match self {
-            Self::F32(_) => 4,
-            Self::F16(_) => 2,
+            Self::Int8(_) => KvType::Int8,
         }
     }
 
@@ -204,58 +223,246 @@ impl KvCache {
         match self {
             Self::F32(layers) => layers.0[attention.layer].store(attention, first, places),
             Self::F16(layers) => layers.0[attention.layer].store(attention, first, places),
+            Self::Int8(layers) => layers.0[attention.layer].store(attention, first, places),
+        }
+    }
+
+    /// Attends with the queries `rows` (token · H + head), tokens of this cache, in
+    /// a part that begins at row `first`.
+    fn attend(&self, a: &Attention<'_>, first: usize, rows: Range<usize>, io: &mut Io<'_>) {
+        let Heads { queries, key_values, dim, .. } = a.heads;
+        let group = queries / key_values;
+        let scale = 1.0 / (dim as f32).sqrt();
+        // Queries that share a key and value head share its loads: those of a
+        // token's heads, and of neighbouring tokens.
+        for head in 0..key_values {
+            let kv = match self {
+                Self::F32(layers) => layers.0[a.layer].head(a.heads, head),
+                Self::F16(layers) => layers.0[a.layer].head(a.heads, head),
+                Self::Int8(layers) => layers.0[a.layer].head(a.heads, head),
+            };
+            let mut tile = [AttendQuery::default(); ATTEND_TILE];
+            let mut count = 0;
+            let mut flush = |tile: &[AttendQuery]| {
+                a.kernels.attend_tile(tile, io.q, kv, dim, scale, io.scores, io.out);
+            };
+            for token in rows.start / queries..rows.end.div_ceil(queries) {
+                let row = token * queries + head * group;
+                for row in row.max(rows.start)..(row + group).min(rows.end) {
+                    let len = a.places[token].position + 1;
+                    tile[count] = AttendQuery { at: (row - first) * dim, len };
+                    count += 1;
+                    if count == ATTEND_TILE {
+                        flush(&tile);
+                        count = 0;
+                    }
+                }
+            }
+            if count > 0 {
+                flush(&tile[..count]);
+            }
         }
     }
 }
 
-impl<E: KvElement> Layers<E> {
+/// How the elements of a cache are stored.
+pub(crate) trait Stored: Zeroable + Copy + Send + Sync {
+    /// Whether a scale belongs to each vector.
+    const SCALED: bool;
+
+    /// Keys and values of one head.
+    fn head<'a>(
+        keys: &'a [Self],
+        values: &'a [Self],
+        key_scales: &'a [f32],
+        value_scales: &'a [f32],
+    ) -> KvHead<'a>;
+
+    /// Stores the key and value of one position of one head.
+    fn store(
+        kernels: Kernels,
+        head: (&mut [Self], &mut [Self]),
+        scales: (&mut [f32], &mut [f32]),
+        position: usize,
+        key: &[f32],
+        value: &[f32],
+    );
+}
+
+macro_rules! stored_floats {
+    ($($float:ty)*) => {$(
+        impl Stored for $float {
+            const SCALED: bool = false;
+
+            fn head<'a>(
+                keys: &'a [Self],
+                values: &'a [Self],
+                _: &'a [f32],
+                _: &'a [f32],
+            ) -> KvHead<'a> {
+                KvElement::head(keys, values)
+            }
+
+            fn store(
+                _: Kernels,
+                (keys, values): (&mut [Self], &mut [Self]),
+                _: (&mut [f32], &mut [f32]),
+                position: usize,
+                key: &[f32],
+                value: &[f32],
+            ) {
+                store_key(keys, position, key);
+                let stored = &mut values[position * value.len()..][..value.len()];
+                for (stored, &v) in stored.iter_mut().zip(value) {
+                    *stored = Self::from_f32(v);
+                }
+            }
+        }
+    )*};
+}
+stored_floats!(f32 f16);
+
+impl Stored for i8 {
+    const SCALED: bool = true;
+
+    fn head<'a>(
+        keys: &'a [i8],
+        values: &'a [i8],
+        key_scales: &'a [f32],
+        value_scales: &'a [f32],
+    ) -> KvHead<'a> {
+        KvHead::Int8 { keys, key_scales, values, value_scales }
+    }
+
+    fn store(
+        kernels: Kernels,
+        (keys, values): (&mut [i8], &mut [i8]),
+        (key_scales, value_scales): (&mut [f32], &mut [f32]),
+        position: usize,
+        key: &[f32],
+        value: &[f32],
+    ) {
+        let head = KvHeadInt8Mut { keys, key_scales, values, value_scales };
+        kernels.store_int8(head, position, key, value);
+    }
+}
+
+impl<E: Stored> Layers<E> {
     fn new(layers: usize, heads: Heads) -> Result<Self, EngineError> {
-        let zeros = |each: usize| {
-            let len = each.checked_mul(heads.key_values).filter(|n| *n <= isize::MAX as usize / 4);
-            len.map(|len| vec![E::from_f32(0.0); len]).ok_or_else(|| EngineError::Option {
-                option: "context",
-                value: heads.context.to_string(),
-                why: "the cache does not fit the address space".to_owned(),
-            })
-        };
-        let layer = |_| {
-            Ok(LayerCache { keys: zeros(heads.keys_len())?, values: zeros(heads.values_len())? })
-        };
+        let layer = |_| LayerCache::new(heads);
         (0..layers).map(layer).collect::<Result<_, _>>().map(Self)
     }
 }
 
-impl<E: KvElement> LayerCache<E> {
-    fn attend(&self, query: Query<'_>, scores: &mut [f32], out: &mut [f32]) {
-        let Query { kernels, heads, head, len, q } = query;
+impl<E: Stored> LayerCache<E> {
+    /// Zeros that the system provides page by page as they are written.
+    fn new(heads: Heads) -> Result<Self, EngineError> {
+        let too_large = || EngineError::Option {
+            option: "context",
+            value: heads.context.to_string(),
+            why: "the cache does not fit the address space".to_owned(),
+        };
+        let len = |each: usize| {
+            let len = each.checked_mul(heads.key_values);
+            len.filter(|n| *n <= isize::MAX as usize / 4).ok_or_else(too_large)
+        };
+        let (keys, values) = (len(heads.keys_len())?, len(heads.values_len())?);
+        let scales = |each| len(if E::SCALED { each } else { 0 });
+        let (key_scales, value_scales) = (scales(heads.key_scales_len())?, scales(heads.context)?);
+        Ok(Self {
+            keys: bytemuck::zeroed_vec(keys),
+            values: bytemuck::zeroed_vec(values),
+            key_scales: vec![0.0; key_scales],
+            value_scales: vec![0.0; value_scales],
+        })
+    }
+
+    fn head(&self, heads: Heads, head: usize) -> KvHead<'_> {
         let (keys_len, values_len) = (heads.keys_len(), heads.values_len());
+        let (mut key_scales, mut value_scales) = (&[][..], &[][..]);
+        if E::SCALED {
+            let len = heads.key_scales_len();
+            key_scales = &self.key_scales[head * len..][..len];
+            value_scales = &self.value_scales[head * heads.context..][..heads.context];
+        }
         let keys = &self.keys[head * keys_len..][..keys_len];
         let values = &self.values[head * values_len..][..values_len];
-        kernels.attend(q, keys, values, len, 1.0 / (heads.dim as f32).sqrt(), scores, out);
+        E::head(keys, values, key_scales, value_scales)
     }
 
     fn store(&mut self, a: &Attention<'_>, first: usize, places: &[Place]) {
-        let Heads { key_values, dim, .. } = a.heads;
+        let Heads { key_values, dim, context, .. } = a.heads;
         let (keys_len, values_len) = (a.heads.keys_len(), a.heads.values_len());
+        let scales_len = a.heads.key_scales_len();
         let width = key_values * dim;
         let tokens = first * width..(first + places.len()) * width;
         let (k, v) = (&a.k[tokens.clone()], &a.v[tokens]);
-        let store = |first: usize, (keys, values): (RowsMut<'_, E>, RowsMut<'_, E>)| {
-            for (i, (keys, values)) in keys.iter().zip(values.iter()).enumerate() {
-                let at = (first + i) * dim;
-                let tokens = k.chunks_exact(width).zip(v.chunks_exact(width)).zip(places);
-                for ((k, v), place) in tokens {
-                    store_key(keys, place.position, &k[at..at + dim]);
-                    let value = &mut values[place.position * dim..][..dim];
-                    for (stored, &v) in value.iter_mut().zip(&v[at..at + dim]) {
-                        *stored = E::from_f32(v);
+        type Scales<'a> = Option<(RowsMut<'a, f32>, RowsMut<'a, f32>)>;
+        let store =
+            |first: usize, (keys, values, scales): (RowsMut<'_, E>, RowsMut<'_, E>, Scales<'_>)| {
+                let mut scales = scales.map(|(keys, values)| (keys.iter(), values.iter()));
+                for (i, (keys, values)) in keys.iter().zip(values.iter()).enumerate() {
+                    let at = (first + i) * dim;
+                    let (key_scales, value_scales) = match &mut scales {
+                        Some((keys, values)) => (keys.next(), values.next()),
+                        None => (None, None),
+                    };
+                    let key_scales = key_scales.unwrap_or_default();
+                    let value_scales = value_scales.unwrap_or_default();
+                    let tokens = k.chunks_exact(width).zip(v.chunks_exact(width)).zip(places);
+                    for ((k, v), place) in tokens {
+                        let head = (&mut *keys, &mut *values);
+                        let scales = (&mut *key_scales, &mut *value_scales);
+                        let (k, v) = (&k[at..at + dim], &v[at..at + dim]);
+                        E::store(a.kernels, head, scales, place.position, k, v);
                     }
                 }
-            }
-        };
+            };
         let bytes = (k.len() + v.len()) * 4;
-        let item =
-            (RowsMut(&mut self.keys[..], keys_len), RowsMut(&mut self.values[..], values_len));
+        let scales = E::SCALED.then_some((
+            RowsMut(&mut self.key_scales[..], scales_len),
+            RowsMut(&mut self.value_scales[..], context),
+        ));
+        let item = (
+            RowsMut(&mut self.keys[..], keys_len),
+            RowsMut(&mut self.values[..], values_len),
+            scales,
+        );
         a.split.rows(bytes, key_values, item, &store);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_to_their_type() {
+        for kv in KvType::ALL {
+            assert_eq!(KvType::from_name(kv.name()), Some(kv));
+        }
+        assert_eq!(KvType::from_name("int4"), None);
+    }
+
+    #[test]
+    fn a_cache_has_the_bytes_that_are_reported() {
+        let config = ModelConfig::tiny();
+        // One more than whole blocks of keys.
+        let heads = Heads::new(&config, 33);
+        for kv in KvType::ALL {
+            fn bytes<E>(layers: &Layers<E>) -> usize {
+                let layer = |l: &LayerCache<E>| {
+                    (l.keys.len() + l.values.len()) * size_of::<E>()
+                        + (l.key_scales.len() + l.value_scales.len()) * 4
+                };
+                layers.0.iter().map(layer).sum()
+            }
+            let bytes = match KvCache::new(kv, &config, heads).unwrap() {
+                KvCache::F32(layers) => bytes(&layers),
+                KvCache::F16(layers) => bytes(&layers),
+                KvCache::Int8(layers) => bytes(&layers),
+            };
+            assert_eq!(bytes as u64, kv.bytes(&config, 33), "{kv:?}");
+        }
     }
 }

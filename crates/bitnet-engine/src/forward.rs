@@ -108,7 +108,10 @@ impl Buffers {
             self.quantized_attention.resize(tokens, q);
             self.quantized_gated.resize(tokens, f);
         }
-        self.scores.resize(scores, 0.0);
+        if self.scores.len() < scores {
+            // Zeros that the system provides page by page as they are written.
+            self.scores = vec![0.0; scores];
+        }
     }
 }
 
@@ -202,10 +205,8 @@ impl Pass<'_> {
             q: &b.q,
             k: &b.k,
             v: &b.v,
-            scores: &mut b.scores,
-            out: &mut b.attention,
         };
-        attention.run(caches);
+        attention.run(caches, &mut b.scores, &mut b.attention);
         let quantized = self.quantized(&mut b.quantized_attention);
         let float = match &layer.attention_sub_norm {
             Some(weight) => {

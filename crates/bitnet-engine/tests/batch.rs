@@ -26,7 +26,7 @@ fn large() -> ModelConfig {
 #[test]
 fn every_sequence_is_as_if_alone() {
     for (name, config) in variants().into_iter().chain([("large", large())]) {
-        for (kv, threads) in [(KvType::F32, 1), (KvType::F16, 3)] {
+        for (kv, threads) in [(KvType::F32, 1), (KvType::F16, 3), (KvType::Int8, 2)] {
             let (model, _dir) = RandomModel::new(&config, 31).open();
             let threads = Some(threads);
             let options = SessionOptions { kv, threads, chunk: 7, ..SessionOptions::default() };

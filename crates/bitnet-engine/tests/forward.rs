@@ -99,7 +99,7 @@ fn every_linear_layer_equals_the_definition() {
 #[test]
 fn a_sequence_may_be_divided_anyhow() {
     for (name, config) in variants() {
-        for kv in [KvType::F32, KvType::F16] {
+        for kv in KvType::ALL {
             let (model, _dir) = RandomModel::new(&config, 7).open();
             let tokens = Random(2).tokens(37, &config);
             let options = |chunk| SessionOptions { kv, chunk, ..SessionOptions::default() };
@@ -131,12 +131,14 @@ fn a_sequence_may_be_divided_anyhow() {
 
 #[test]
 fn every_instruction_set_gives_the_same_bits() {
-    for (name, config) in variants().into_iter().chain([("large", large())]) {
+    let kinds = variants().into_iter().chain([("large", large()), ("large", large())]);
+    for (i, (name, config)) in kinds.enumerate() {
         let (model, _dir) = RandomModel::new(&config, 9).open();
         let tokens = Random(3).tokens(40, &config);
+        let kv = KvType::ALL[i % 3];
         let run = |kernels| {
             let kernels = Some(kernels);
-            let mut s = session(&model, SessionOptions { kernels, ..Default::default() });
+            let mut s = session(&model, SessionOptions { kernels, kv, ..Default::default() });
             let mut all = score(&mut s, &tokens);
             all.push(s.decode(tokens[0]).unwrap().to_vec());
             all.iter().map(|x| bits(x)).collect::<Vec<_>>()
@@ -152,14 +154,14 @@ fn every_instruction_set_gives_the_same_bits() {
 fn the_number_of_threads_changes_nothing() {
     let twin = ModelConfig { weight_quantizer: WeightQuantizer::None, ..large() };
     let untied = ModelConfig { tie_word_embeddings: false, sub_norms: false, ..large() };
-    for config in [large(), twin, untied] {
+    for (config, kv) in [large(), twin, untied].into_iter().zip(KvType::ALL) {
         let (model, _dir) = RandomModel::new(&config, 11).open();
         assert!(model.bytes_per_token() > 1 << 20, "one token must enter the pool");
         let tokens = Random(4).tokens(50, &config);
         let run = |threads| {
             let threads = Some(threads);
             let mut s =
-                session(&model, SessionOptions { threads, chunk: 24, ..Default::default() });
+                session(&model, SessionOptions { threads, kv, chunk: 24, ..Default::default() });
             assert_eq!(Some(s.workers().threads()), threads);
             let mut all = score(&mut s, &tokens);
             for &token in &tokens[..5] {
@@ -175,7 +177,7 @@ fn the_number_of_threads_changes_nothing() {
 }
 
 #[test]
-fn a_half_precision_cache_is_close() {
+fn a_narrow_cache_is_close() {
     let config = ModelConfig { weight_quantizer: WeightQuantizer::None, ..ModelConfig::tiny() };
     let (model, _dir) = RandomModel::new(&config, 13).open();
     let tokens = Random(5).tokens(60, &config);
@@ -188,9 +190,13 @@ fn a_half_precision_cache_is_close() {
     let difference = max_difference(&full, &half);
     // Eleven bits of keys and values against logits of about 5.
     assert!(difference > 0.0 && difference < 0.02, "{difference}");
+    // Eight bits: eight times the error, and a scale of each vector's own.
+    let difference = max_difference(&full, &run(KvType::Int8));
+    assert!(difference > 0.0 && difference < 0.16, "{difference}");
     let bytes = |kv: KvType| kv.bytes(&config, 100);
     assert_eq!(bytes(KvType::F32), 2 * bytes(KvType::F16));
     assert_eq!(bytes(KvType::F16), 2 * 2 * 2 * (112 + 100) * 16);
+    assert_eq!(bytes(KvType::Int8), 2 * 2 * (112 + 100) * (16 + 4));
 }
 
 #[test]

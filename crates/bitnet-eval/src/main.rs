@@ -128,6 +128,7 @@ enum ModeArg {
 enum KvArg {
     F32,
     F16,
+    Int8,
 }
 
 impl RunArgs {
@@ -135,6 +136,7 @@ impl RunArgs {
         let kv = match self.kv {
             KvArg::F32 => KvType::F32,
             KvArg::F16 => KvType::F16,
+            KvArg::Int8 => KvType::Int8,
         };
         let threads = self.threads.map(usize::from);
         SessionOptions { kv, context, threads, ..SessionOptions::default() }
