@@ -17,11 +17,17 @@ use crate::ternary::{TernaryRows, TokensRef};
 /// Rows in a vector of the panel.
 const UNIT: usize = 16;
 
-/// Vectors of the panel: 192 KiB, a fraction of any second-level cache.
-const PANEL_VECTORS: usize = 3072;
+/// Vectors of the panel: 30 KiB, which a first-level cache holds beside the
+/// activations of a tile. Two blocks of a tile's rows in either layout.
+const PANEL_VECTORS: usize = 480;
 
-/// Tokens for which a panel is unpacked once.
+/// Most tokens for which a panel is unpacked once, and their bytes: a fraction of
+/// a second-level cache.
 const TOKENS: usize = 256;
+const TOKEN_BYTES: usize = 512 << 10;
+
+/// Fewest tokens that pay for unpacking.
+const LEAST_TOKENS: usize = 64;
 
 /// Units in the largest tile.
 const MAX_UNITS: usize = 3;
@@ -48,8 +54,9 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
     };
     let units = if S::WIDE { MAX_UNITS } else { 1 };
     let tile_rows = UNIT * units;
-    for first_token in (0..x.len()).step_by(TOKENS) {
-        let tokens = first_token..x.len().min(first_token + TOKENS);
+    let at_once = (TOKEN_BYTES / x.stride / 8 * 8).clamp(LEAST_TOKENS, TOKENS);
+    for first_token in (0..x.len()).step_by(at_once) {
+        let tokens = first_token..x.len().min(first_token + at_once);
         let mut n = 0;
         while n < w.len() {
             let (units, rows) = match w.len() - n {
@@ -169,6 +176,8 @@ fn tile<S: Simd, const U: usize, const T: usize>(
     let q: [&[[i8; 4]]; T] = array!(T, t => {
         &acts.x.token(acts.t + t).as_chunks::<4>().0[acts.step..acts.step + steps]
     });
+    // Where the tile behind this one will read: a pointer that is only prefetched.
+    let ahead = T * acts.x.stride;
     let sums = &mut sums[..T * U];
     let mut write = write;
     let mut start = 0;
@@ -177,6 +186,11 @@ fn tile<S: Simd, const U: usize, const T: usize>(
         let mut parts = [[isa.part_zero(); U]; T];
         for (k, step) in (start..end).zip(panel[start * U..end * U].as_chunks::<U>().0) {
             let codes: [S::Bytes; U] = array!(U, u => isa.load(&step[u]));
+            if k % 16 == 0 {
+                for t in 0..T {
+                    isa.prefetch(q[t].as_ptr().wrapping_add(k).cast::<u8>().wrapping_add(ahead));
+                }
+            }
             for t in 0..T {
                 // SAFETY: k < steps, the length of every slice in q.
                 let acts = isa.splat_acts(unsafe { *q[t].get_unchecked(k) });
