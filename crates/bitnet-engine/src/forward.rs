@@ -176,7 +176,8 @@ impl Pass<'_> {
     ) {
         self.norm(&b.x, &layer.attention_norm, &mut b.h, self.quantized(&mut b.quantized_h));
         let input = Input { float: &b.h, quantized: b.quantized_h.view() };
-        let [q, k, v] = [Linear::Q, Linear::K, Linear::V].map(|l| self.model.linear(i, l));
+        let [q, k, v] =
+            [Linear::Q, Linear::K, Linear::V].map(|l| self.model.linear_for(self.kernels, i, l));
         let bytes = (q.bytes() + k.bytes() + v.bytes()) * self.tokens.len();
         let parts = self.split.parts(bytes);
         let (parts_q, parts_k, parts_v) = share(parts, [q.bytes(), k.bytes(), v.bytes()]);
@@ -226,7 +227,8 @@ impl Pass<'_> {
     fn feed_forward(&self, i: usize, layer: &Layer, b: &mut Buffers, hook: &mut Option<Hook<'_>>) {
         self.norm(&b.x, &layer.ffn_norm, &mut b.h, self.quantized(&mut b.quantized_h));
         let input = Input { float: &b.h, quantized: b.quantized_h.view() };
-        let [gate, up] = [Linear::Gate, Linear::Up].map(|l| self.model.linear(i, l));
+        let [gate, up] =
+            [Linear::Gate, Linear::Up].map(|l| self.model.linear_for(self.kernels, i, l));
         let parts = self.split.parts((gate.bytes() + up.bytes()) * self.tokens.len());
         let gate = self.product(gate, input, &mut b.gate);
         let up = self.product(up, input, &mut b.up);
@@ -264,7 +266,7 @@ impl Pass<'_> {
         out: &mut [f32],
         hook: &mut Option<Hook<'_>>,
     ) {
-        let w = self.model.linear(layer, linear);
+        let w = self.model.linear_for(self.kernels, layer, linear);
         let parts = self.split.parts(w.bytes() * self.tokens.len());
         self.product(w, input, out).run(parts);
         self.trace_linear(hook, layer, linear, input.float, out);

@@ -50,7 +50,7 @@ pub use error::EngineError;
 pub use forward::TracePoint;
 pub use generate::{FinishReason, GenerateOptions, Generator, Stats};
 pub use head::{HeadMode, TokenLogit};
-pub use model::{ARCHITECTURE, Golden, LinearRef, LoadOptions, Model, Parts};
+pub use model::{ARCHITECTURE, Golden, LinearRef, LoadOptions, Model, Parts, Repack};
 pub use parallel::{Workers, physical_cores};
 pub use sampler::{Sampler, SamplerOptions};
 pub use session::{Session, SessionOptions};

@@ -19,7 +19,7 @@ use crate::model::{
 const FORMAT_VERSION: u32 = 1;
 
 /// Tensors begin at multiples of this, so that any vector load is aligned.
-const ALIGNMENT: usize = 64;
+pub(crate) const ALIGNMENT: usize = 64;
 
 /// Checks a whole file; `file` is what errors call it.
 pub(crate) fn load(bytes: &[u8], file: &str) -> Result<Weights, EngineError> {

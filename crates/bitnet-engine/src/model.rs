@@ -3,17 +3,18 @@
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use bitnet_core::names::{Linear, Norm};
-use bitnet_core::{Dtype, Layout, ModelConfig};
+use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
 use bitnet_format::map::{Mmap, map};
-use bitnet_kernels::{DenseRows, TernaryRows};
+use bitnet_kernels::{DenseRows, Kernels, TernaryRows, repack_row};
 use half::{bf16, f16};
 
 use crate::error::EngineError;
 use crate::head::Int8Head;
-use crate::load;
-use crate::parallel::Workers;
+use crate::load::{self, ALIGNMENT};
+use crate::parallel::{Rows, RowsMut, Split, Workers};
 use crate::tokenizer::Tokenizer;
 
 /// `general.architecture` of the files that [`Model::open`] reads.
@@ -40,6 +41,32 @@ pub(crate) struct Inner {
     pub(crate) weights: Weights,
     /// An int8 copy of the head, made for the first session that asks for it.
     pub(crate) int8: OnceLock<Int8Head>,
+    /// The ternary rows in layout P2, made for the first session whose instruction
+    /// set reads those of the file badly.
+    repacked: OnceLock<Repacked>,
+}
+
+/// Every ternary matrix once more, in another layout.
+#[derive(Debug)]
+struct Repacked {
+    bytes: Vec<u8>,
+    /// Where each matrix lies: `[layers]`, in the order of [`Linear::ALL`].
+    ranges: Vec<[Range<usize>; 7]>,
+    report: Repack,
+}
+
+/// A copy of a model's ternary rows that was made in another layout, see
+/// [`Model::repacked`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Repack {
+    /// The layout of the file.
+    pub from: Layout,
+    /// The layout of the copy.
+    pub to: Layout,
+    /// Memory that the copy takes, beside the file's.
+    pub bytes: u64,
+    /// How long it took to make.
+    pub seconds: f64,
 }
 
 /// What the file says, and where its tensors lie in the map.
@@ -157,7 +184,13 @@ impl Model {
         let map = map(path, options.prefetch)
             .map_err(|source| EngineError::Io { file: file.clone(), source })?;
         let weights = load::load(&map, &file)?;
-        let model = Self(Arc::new(Inner { map, file, weights, int8: OnceLock::new() }));
+        let model = Self(Arc::new(Inner {
+            map,
+            file,
+            weights,
+            int8: OnceLock::new(),
+            repacked: OnceLock::new(),
+        }));
         if options.verify {
             model.verify()?;
         }
@@ -262,6 +295,34 @@ impl Model {
         self.0.linear(layer, linear)
     }
 
+    /// The weight of a linear layer as a session with these kernels reads it: in
+    /// place, or from the copy that was made for such kernels.
+    ///
+    /// # Panics
+    /// If there is no block `layer`.
+    #[must_use]
+    pub fn linear_for(&self, kernels: Kernels, layer: usize, linear: Linear) -> LinearRef<'_> {
+        self.0.linear_for(kernels, layer, linear)
+    }
+
+    /// The copy of the ternary rows in layout P2, where a session was opened whose
+    /// instruction set reads the file's layout badly ([`Kernels::reads_well`]).
+    /// Results are the same.
+    #[must_use]
+    pub fn repacked(&self) -> Option<Repack> {
+        self.0.repacked.get().map(|r| r.report)
+    }
+
+    /// Bytes of the linear layers that a token reads in a session with these
+    /// kernels: the file's, or those of the copy in [`Model::repacked`].
+    #[must_use]
+    pub fn linear_bytes(&self, kernels: Kernels) -> u64 {
+        match self.repacked() {
+            Some(copy) if !kernels.reads_well(self.layout()) => copy.bytes,
+            _ => self.parts().ternary + self.parts().dense,
+        }
+    }
+
     /// The weight of a norm; none where the model has no such norm.
     ///
     /// # Panics
@@ -304,6 +365,83 @@ impl Inner {
             }
             LinearTensor::Dense(t) => LinearRef::Dense { rows: self.dense(t), cols: t.cols },
         }
+    }
+
+    pub(crate) fn linear_for(
+        &self,
+        kernels: Kernels,
+        layer: usize,
+        linear: Linear,
+    ) -> LinearRef<'_> {
+        match (self.linear(layer, linear), self.repacked.get()) {
+            (LinearRef::Ternary(w), Some(copy)) if !kernels.reads_well(w.layout) => {
+                let bytes = &copy.bytes[copy.ranges[layer][linear as usize].clone()];
+                LinearRef::Ternary(TernaryRows { layout: copy.report.to, bytes, ..w })
+            }
+            (w, _) => w,
+        }
+    }
+
+    /// Repacks the ternary rows on these threads, once, where `kernels` read those
+    /// of the file badly.
+    pub(crate) fn repack_for(&self, kernels: Kernels, workers: &Workers) {
+        let ternary = self.weights.config.weight_quantizer == WeightQuantizer::Ternary;
+        if ternary && !kernels.reads_well(self.weights.layout) {
+            self.repacked.get_or_init(|| {
+                let copy = workers.run(usize::MAX, |split| self.repack(split));
+                let Repack { from, to, bytes, seconds } = copy.report;
+                tracing::warn!(
+                    "{}: {} cannot look up the bytes of layout {}; its ternary weights were \
+                     repacked to {}: {:.1} MB of memory beside the file, {seconds:.2} s \
+                     (a file in layout {} needs neither)",
+                    self.file,
+                    kernels.name(),
+                    from.name(),
+                    to.name(),
+                    bytes as f64 / 1e6,
+                    to.name(),
+                );
+                copy
+            });
+        }
+    }
+
+    fn repack(&self, split: Split) -> Repacked {
+        let start = Instant::now();
+        let (from, to) = (self.weights.layout, Layout::P2);
+        let layers = 0..self.weights.layers.len();
+        let rows = |layer, linear| match self.linear(layer, linear) {
+            LinearRef::Ternary(w) => Some(w),
+            LinearRef::Dense { .. } => None,
+        };
+        let mut end = 0;
+        let mut place = |layer, linear| {
+            let begin = end;
+            end += rows(layer, linear).map_or(0, |w| w.len() * to.row_bytes(w.cols));
+            begin..end
+        };
+        let mut ranges: Vec<_> =
+            layers.map(|layer| Linear::ALL.map(|linear| place(layer, linear))).collect();
+        // Rows begin at whole cache lines, as they do in the file.
+        let mut bytes: Vec<u8> = bytemuck::zeroed_vec(end + ALIGNMENT);
+        let shift = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        for range in ranges.iter_mut().flatten() {
+            *range = range.start + shift..range.end + shift;
+        }
+        for (layer, ranges) in ranges.iter().enumerate() {
+            for (linear, range) in Linear::ALL.into_iter().zip(ranges) {
+                let Some(w) = rows(layer, linear) else { continue };
+                let (old, new) = (from.row_bytes(w.cols), to.row_bytes(w.cols));
+                let item = (Rows(w.bytes, old), RowsMut(&mut bytes[range.clone()], new));
+                // A byte takes about as long as reading sixteen.
+                split.rows(w.bytes.len() * 16, w.len(), item, &|_, (old, new)| {
+                    old.iter().zip(new.iter()).for_each(|(old, new)| repack_row(old, new));
+                });
+            }
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        let report = Repack { from, to, bytes: bytes.len() as u64, seconds };
+        Repacked { bytes, ranges, report }
     }
 
     pub(crate) fn head(&self) -> DenseRows<'_> {

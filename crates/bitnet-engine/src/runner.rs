@@ -69,6 +69,7 @@ impl Runner {
             }
             model.0.int8_head(&workers);
         }
+        model.0.repack_for(kernels, &workers);
         Ok(Self {
             kernels,
             workers,

@@ -5,8 +5,8 @@
 mod common;
 
 use bitnet_core::names::Linear;
-use bitnet_core::{ModelConfig, WeightQuantizer, ternary};
-use bitnet_engine::{KvType, Model, Session, SessionOptions, TracePoint};
+use bitnet_core::{Layout, ModelConfig, WeightQuantizer, ternary};
+use bitnet_engine::{KvType, LinearRef, Model, Session, SessionOptions, TracePoint};
 use bitnet_kernels::Kernels;
 use common::{Random, RandomModel, Weight, bits, max_difference, reference, variants};
 
@@ -147,6 +147,48 @@ fn every_instruction_set_gives_the_same_bits() {
         for kernels in Kernels::all() {
             assert!(run(kernels) == want, "{name}: {} differs from portable", kernels.name());
         }
+    }
+}
+
+#[test]
+fn a_layout_that_is_read_badly_is_repacked_once() {
+    let untied = ModelConfig { tie_word_embeddings: false, ..large() };
+    let odd = variants().remove(4).1;
+    for (threads, config) in [(3, untied), (1, odd)] {
+        let random = RandomModel::new(&config, 19);
+        let (p2, _dir) = random.open();
+        let (p5, _dir) = random.open_in(Layout::P5);
+        let tokens = Random(7).tokens(30, &config);
+        let run = |model: &Model, kernels| {
+            let (kernels, threads) = (Some(kernels), Some(threads));
+            let mut s = session(model, SessionOptions { kernels, threads, ..Default::default() });
+            bits(s.prefill(&tokens).unwrap())
+        };
+        let want = run(&p2, Kernels::by_name("portable").unwrap());
+        assert_eq!(p2.repacked(), None);
+        let mut copy = None;
+        // The fastest first: one that reads the file in place makes no copy.
+        for kernels in Kernels::all() {
+            assert!(run(&p5, kernels) == want, "{}", kernels.name());
+            let in_place = kernels.reads_well(Layout::P5);
+            let of = |linear| match p5.linear_for(kernels, 0, linear) {
+                LinearRef::Ternary(w) => w,
+                LinearRef::Dense { .. } => panic!(),
+            };
+            let q = of(Linear::Q);
+            assert_eq!(q.layout, if in_place { Layout::P5 } else { Layout::P2 });
+            if !in_place {
+                assert_eq!(q.bytes.as_ptr().align_offset(64), 0);
+                let LinearRef::Ternary(w) = p2.linear(0, Linear::Down) else { panic!() };
+                assert_eq!(of(Linear::Down).bytes, w.bytes);
+                copy = copy.or(p5.repacked());
+            }
+            assert_eq!(p5.repacked(), copy, "made once, for {}", kernels.name());
+        }
+        let copy = copy.unwrap();
+        let bytes = p2.parts().ternary - 4 * 7 * config.num_hidden_layers as u64;
+        assert_eq!(p5.linear_bytes(Kernels::by_name("portable").unwrap()), copy.bytes);
+        assert_eq!((copy.from, copy.to, copy.bytes), (Layout::P5, Layout::P2, bytes + 64));
     }
 }
 

@@ -335,6 +335,8 @@ macro_rules! implement {
 
 implement!(Avx512Vnni {});
 implement!(Avx512Vbmi {
+    const BYTE_LOOKUP: bool = true;
+
     // As `p5_codes`, but the last code stays in the high two bits, multiplied by
     // 64, and joins the sums of plane 3, which are multiplied by 64 too: these
     // grow by at most 2^17 a block and hold 2^14 blocks, 5M columns.

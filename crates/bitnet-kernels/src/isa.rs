@@ -1,6 +1,8 @@
 //! The choice of instruction set: one table of what there is, and the value that
 //! proves one of them present.
 
+use bitnet_core::Layout;
+
 #[cfg(target_arch = "aarch64")]
 use crate::neon::{Neon, NeonDotprod};
 use crate::portable::Portable;
@@ -71,6 +73,12 @@ macro_rules! isa_table {
             fn name(self) -> &'static str {
                 match self {
                     $($(#[$cfg])* Self::$token(_) => $token::NAME,)*
+                }
+            }
+
+            fn byte_lookup(self) -> bool {
+                match self {
+                    $($(#[$cfg])* Self::$token(_) => <$token as $crate::simd::Simd>::BYTE_LOOKUP,)*
                 }
             }
         }
@@ -172,6 +180,14 @@ impl Kernels {
             Ok(name) if !name.is_empty() => Self::by_name(&name),
             _ => Ok(Self::detect()),
         }
+    }
+
+    /// Whether products read rows of this layout as fast as they come. Otherwise
+    /// (P5 on a set that cannot look bytes up) [`crate::repack_row`] is worth its
+    /// memory; the sums are the same either way.
+    #[must_use]
+    pub fn reads_well(self, layout: Layout) -> bool {
+        layout == Layout::P2 || self.isa.byte_lookup()
     }
 
     /// The name, as in `BITNET_ISA` and in reports.

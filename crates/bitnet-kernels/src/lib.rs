@@ -51,4 +51,5 @@ pub use int4_rows::Int4Rows;
 pub use int8_rows::{INT8_MAX_COLS, Int8Rows};
 pub use isa::{IsaError, Kernels, required_isas_missing};
 pub use mat::MatMut;
+pub use quantize::repack_row;
 pub use ternary::{QuantizedTokens, TernaryRows, TokensRef};

@@ -40,6 +40,7 @@ macro_rules! implement {
 
             const PART_DOTS: usize = usize::MAX;
             const WIDE: bool = false;
+            const BYTE_LOOKUP: bool = true;
             // 16 accumulators, 4 registers of codes and a broadcast: 21 of 32.
             const TILE_TOKENS: usize = 4;
 

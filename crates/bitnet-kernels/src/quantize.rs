@@ -1,10 +1,37 @@
 //! Float to integer: activations to int8, master weights to ternary values and
-//! packed codes. Written so that every instruction set's compiler makes vectors
+//! packed codes, which can also be packed anew. Written so that every instruction set's compiler makes vectors
 //! of them; equal to the definitions in [`bitnet_core::ternary`].
 
 use bitnet_core::ternary;
 
 use crate::float::round_to_int;
+use crate::simd::P5_CODES;
+
+/// Packs a row of layout P5 in layout P2: what
+/// [`bitnet_core::Layout::pack_row`] gives for its weights.
+///
+/// # Shapes
+/// Whole blocks of one row in each layout, with the same number of columns.
+pub fn repack_row(p5: &[u8], p2: &mut [u8]) {
+    // Both layouts hold planes of 64 codes one after another, so the codes of byte
+    // j form one stream: four bytes of five codes make five bytes of four.
+    for (group, out) in p2.chunks_mut(5 * 64).enumerate() {
+        for j in 0..64 {
+            let mut codes = 0u64;
+            for b in 0..4 {
+                // Behind the last block there is padding, the zero weight.
+                let five = p5.get((4 * group + b) * 64 + j).map_or(0b01_01_01_01_01, |&byte| {
+                    let [four, last] = P5_CODES[usize::from(byte)];
+                    u64::from(four) | u64::from(last) << 8
+                });
+                codes |= five << (10 * b);
+            }
+            for (i, block) in out.chunks_exact_mut(64).enumerate() {
+                block[j] = (codes >> (8 * i)) as u8;
+            }
+        }
+    }
+}
 
 /// See [`crate::Kernels::quantize`]; `q` is as long as `x`.
 #[inline(always)]

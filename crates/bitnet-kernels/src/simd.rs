@@ -43,6 +43,9 @@ pub(crate) trait Simd: Copy {
     const PART_DOTS: usize;
     /// Whether 32 vectors fit the registers; otherwise 8 do.
     const WIDE: bool;
+    /// Whether [`Simd::p5_codes`] looks bytes up with its own instructions; the
+    /// table of the others makes layout P5 about ten times slower than P2.
+    const BYTE_LOOKUP: bool = false;
     /// Tokens in a tile of the panel product.
     const TILE_TOKENS: usize;
 

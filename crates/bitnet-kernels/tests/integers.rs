@@ -6,7 +6,7 @@
 use bitnet_core::ternary::{self, dequantize};
 use bitnet_core::{Layout, TernaryMatrix};
 use bitnet_kernels::{
-    Kernels, MatMut, QuantizedTokens, TernaryRows, TokensRef, required_isas_missing,
+    Kernels, MatMut, QuantizedTokens, TernaryRows, TokensRef, repack_row, required_isas_missing,
 };
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
@@ -35,6 +35,24 @@ fn a_missing_required_set_fails_the_run() {
     let failed = run("portable,mmx");
     assert!(!failed.status.success());
     assert!(String::from_utf8_lossy(&failed.stdout).contains("missing [\"mmx\"]"));
+}
+
+#[test]
+fn a_repacked_row_is_the_packed_row() {
+    for cols in [1, 63, 64, 65, 255, 256, 257, 319, 320, 321, 640, 1000, 1280, 2560, 2561, 6912] {
+        let trits: Vec<i8> = (0..cols).map(|i| (i * i / 3 + i) as i8 % 3 - 1).collect();
+        let trits: Vec<i8> = trits.into_iter().map(|t| t.clamp(-1, 1)).collect();
+        let pack = |layout| TernaryMatrix::pack(layout, 1, cols, &trits, 1.0).unwrap().bytes;
+        // What was there before does not shine through.
+        let mut found = vec![0xff; Layout::P2.row_bytes(cols)];
+        repack_row(&pack(Layout::P5), &mut found);
+        assert_eq!(found, pack(Layout::P2), "{cols}");
+    }
+    for kernels in Kernels::all() {
+        assert!(kernels.reads_well(Layout::P2));
+        let looks_up = ["avx512vbmi", "neon", "neondotprod"].contains(&kernels.name());
+        assert_eq!(kernels.reads_well(Layout::P5), looks_up, "{}", kernels.name());
+    }
 }
 
 /// Rows and quantised tokens of a product.

@@ -128,7 +128,13 @@ impl RandomModel {
 
     /// The file of the model.
     pub fn file(&self) -> File {
+        self.file_in(Layout::P2)
+    }
+
+    /// The file in a layout.
+    pub fn file_in(&self, layout: Layout) -> File {
         let mut file = File::new(&self.config);
+        file.set("layout", layout.name());
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
         file.dense("token_embd.weight", &self.embedding, vocab, hidden);
         for (i, block) in self.blocks.iter().enumerate() {
@@ -140,8 +146,8 @@ impl RandomModel {
                 match weight {
                     Weight::Dense(w) => file.dense(&format!("{name}.weight"), w, rows, cols),
                     Weight::Ternary { trits, scale } => {
-                        let m = TernaryMatrix::pack(Layout::P2, rows, cols, trits, *scale).unwrap();
-                        let dims = vec![Layout::P2.row_bytes(cols) as u64, rows as u64];
+                        let m = TernaryMatrix::pack(layout, rows, cols, trits, *scale).unwrap();
+                        let dims = vec![layout.row_bytes(cols) as u64, rows as u64];
                         file.tensors.push((format!("{name}.weight"), dims, GgmlType::I8, m.bytes));
                         file.floats(&format!("{name}.scale"), &[*scale]);
                     }
@@ -157,8 +163,13 @@ impl RandomModel {
 
     /// Writes and opens the model.
     pub fn open(&self) -> (Model, tempfile::TempDir) {
+        self.open_in(Layout::P2)
+    }
+
+    /// Writes and opens the model in a layout.
+    pub fn open_in(&self, layout: Layout) -> (Model, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
-        let path = self.file().write(&dir);
+        let path = self.file_in(layout).write(&dir);
         (Model::open(&path, &LoadOptions { verify: true, prefetch: true }).unwrap(), dir)
     }
 }

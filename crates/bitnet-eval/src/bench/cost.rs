@@ -4,7 +4,7 @@
 use bitnet_core::names::Linear;
 use bitnet_core::{ModelConfig, WeightQuantizer};
 use bitnet_engine::{HeadMode, KvType, Model, SessionOptions};
-use bitnet_kernels::Int8Rows;
+use bitnet_kernels::{Int8Rows, Kernels};
 
 use super::Test;
 
@@ -34,9 +34,10 @@ impl TokenBytes {
     pub fn of(test: Test, model: &Model, session: &SessionOptions) -> Self {
         let chunk = session.chunk;
         let parts = model.parts();
-        let linear = (parts.ternary + parts.dense) as f64;
+        let kernels = session.kernels.unwrap_or_else(Kernels::detect);
+        let linear = model.linear_bytes(kernels) as f64;
         let norms = parts.norms as f64;
-        let head = model.bytes_per_token() as f64 - linear - norms;
+        let head = (model.bytes_per_token() - parts.ternary - parts.dense) as f64 - norms;
         let position = kv_position_bytes(session.kv, model.config());
         match test {
             Test::Prompt(tokens) => {

@@ -38,7 +38,9 @@ impl<'a> Products<'a> {
         let mut tokens = BTreeMap::new();
         for layer in 0..config.num_hidden_layers {
             for linear in Linear::ALL {
-                let LinearRef::Ternary(w) = model.linear(layer, linear) else { continue };
+                let LinearRef::Ternary(w) = model.linear_for(setting.kernels, layer, linear) else {
+                    continue;
+                };
                 let row_bytes = (w.bytes.len() / w.len().max(1)).max(1);
                 let rows = piece_rows(row_bytes);
                 let starts = (0..w.len()).step_by(rows);
