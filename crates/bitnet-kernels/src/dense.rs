@@ -92,60 +92,68 @@ fn matmul_of<S: Simd, E: Element>(
     mut out: MatMut<'_, f32>,
 ) {
     let (tokens, rows) = (out.rows(), out.cols());
+    // Four rows side by side, each a stream through a quarter of the matrix.
+    let apart = rows / 4;
     for first in (0..tokens).step_by(TOKENS) {
         let end = tokens.min(first + TOKENS);
-        let mut n = 0;
-        while n < rows {
-            // A tile's sums stay in registers: 16 of 32, or 4 of 8.
-            let (r, t) = match (rows - n, S::WIDE, end - first) {
-                (4.., _, 1) => (4, 1),
-                (4.., true, _) => (4, 4),
-                (2.., _, _) => (2, 2),
-                _ => (1, 1),
-            };
-            let mut at = first;
-            while at < end {
-                let mut tile = Tile { isa, w, xs, cols, n, t: at, out: out.reborrow() };
-                at += match (r, t.min(end - at)) {
-                    (4, 4) => tile.run::<4, 4>(),
-                    (4, 1) => tile.run::<4, 1>(),
-                    (4, _) => tile.run::<4, 2>(),
-                    (2, 2) => tile.run::<2, 2>(),
-                    (2, _) => tile.run::<2, 1>(),
-                    _ => tile.run::<1, 1>(),
-                };
+        for n in 0..apart {
+            let fours = [n, n + apart, n + 2 * apart, n + 3 * apart];
+            let mut tile = Tile { isa, w, xs, cols, t: first, out: out.reborrow() };
+            while tile.t < end {
+                // A tile's sums stay in registers: 16 of 32, or 4 of 8.
+                match end - tile.t {
+                    1 => tile.run::<4, 1>(fours),
+                    4.. if S::WIDE => tile.run::<4, 4>(fours),
+                    _ if S::WIDE => tile.run::<4, 2>(fours),
+                    _ => {
+                        let t = tile.t;
+                        tile.run::<2, 2>([fours[0], fours[1]]);
+                        tile.t = t;
+                        tile.run::<2, 2>([fours[2], fours[3]]);
+                    }
+                }
             }
-            n += r;
+        }
+        for n in 4 * apart..rows {
+            let mut tile = Tile { isa, w, xs, cols, t: first, out: out.reborrow() };
+            while tile.t < end {
+                tile.run::<1, 1>([n]);
+            }
         }
     }
 }
 
-/// Some rows from `n` on and some tokens from `t` on.
+/// Some tokens from `t` on.
 struct Tile<'a, S, E> {
     isa: S,
     w: &'a [E],
     xs: &'a [f32],
     cols: usize,
-    n: usize,
     t: usize,
     out: MatMut<'a, f32>,
 }
 
 impl<S: Simd, E: Element> Tile<'_, S, E> {
-    /// Writes the products of `R` rows and `T` tokens; returns `T`.
+    /// Writes the products of `R` rows and `T` tokens, and goes past the tokens.
     #[inline(always)]
-    fn run<const R: usize, const T: usize>(&mut self) -> usize {
+    fn run<const R: usize, const T: usize>(&mut self, rows: [usize; R]) {
         let Self { isa, cols, .. } = *self;
-        let (w, x) = (&self.w[self.n * cols..], &self.xs[self.t * cols..]);
-        let w = array!(R, r => &w[r * cols..(r + 1) * cols]);
+        let x = &self.xs[self.t * cols..];
+        let w = array!(R, r => &self.w[rows[r] * cols..(rows[r] + 1) * cols]);
         let x = array!(T, t => &x[t * cols..(t + 1) * cols]);
         let sums = dot_tile(isa, w, x, cols);
         for (t, sums) in sums.iter().enumerate() {
-            self.out.row(self.t + t)[self.n..self.n + R].copy_from_slice(sums);
+            let out = self.out.row(self.t + t);
+            for (&n, &sum) in rows.iter().zip(sums) {
+                out[n] = sum;
+            }
         }
-        T
+        self.t += T;
     }
 }
+
+/// How far ahead of the vector in use memory is asked for, in each stream.
+const PREFETCH_BYTES: usize = 2048;
 
 /// The dot products of `R` rows and `T` vectors, each in the order of lanes.
 #[inline(always)]
@@ -160,7 +168,10 @@ fn dot_tile<S: Simd, E: Element, const R: usize, const T: usize>(
     let chunks_x = array!(T, t => &x[t].as_chunks::<LANES>().0[..whole]);
     let mut sums = [[isa.splat(0.0); R]; T];
     for k in 0..whole {
-        let w = array!(R, r => E::load(isa, &chunks_w[r][k]));
+        let w = array!(R, r => {
+            isa.prefetch(chunks_w[r][k].as_ptr().cast::<u8>().wrapping_add(PREFETCH_BYTES));
+            E::load(isa, &chunks_w[r][k])
+        });
         for t in 0..T {
             let x = isa.load_f32(&chunks_x[t][k]);
             for r in 0..R {
