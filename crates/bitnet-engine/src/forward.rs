@@ -64,7 +64,8 @@ pub(crate) struct Buffers {
     attention_normed: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
-    /// Gated activation, `[T, F]`, and what its norm makes of it.
+    /// Gated activation, `[T, F]`, and what its norm makes of it. A ternary model
+    /// with that norm makes both at once and needs no room for the first.
     gated: Vec<f32>,
     gated_normed: Vec<f32>,
     /// Output of the projections back to the residual stream, `[T, D]`.
@@ -92,7 +93,6 @@ impl Buffers {
             (&mut self.attention, q),
             (&mut self.gate, f),
             (&mut self.up, f),
-            (&mut self.gated, f),
             (&mut self.projected, d),
             (&mut self.cos, config.head_dim() / 2),
             (&mut self.sin, config.head_dim() / 2),
@@ -102,6 +102,9 @@ impl Buffers {
         if config.sub_norms {
             self.attention_normed.resize(tokens * q, 0.0);
             self.gated_normed.resize(tokens * f, 0.0);
+        }
+        if !config.sub_norms || config.weight_quantizer == WeightQuantizer::None {
+            self.gated.resize(tokens * f, 0.0);
         }
         if config.weight_quantizer == WeightQuantizer::Ternary {
             self.quantized_h.resize(tokens, d);
@@ -240,14 +243,19 @@ impl Pass<'_> {
         }
         self.trace_linear(hook, i, Linear::Gate, &b.h, &b.gate);
         self.trace_linear(hook, i, Linear::Up, &b.h, &b.up);
-        self.activate(&b.gate, &b.up, &mut b.gated);
         let quantized = self.quantized(&mut b.quantized_gated);
-        let float = match &layer.ffn_sub_norm {
-            Some(weight) => {
-                self.norm(&b.gated, weight, &mut b.gated_normed, quantized);
+        let float = match (&layer.ffn_sub_norm, quantized) {
+            (Some(weight), Some(q)) => {
+                self.gated_norm(&b.gate, &b.up, weight, &mut b.gated_normed, q);
                 &b.gated_normed
             }
-            None => {
+            (Some(weight), None) => {
+                self.activate(&b.gate, &b.up, &mut b.gated);
+                self.norm(&b.gated, weight, &mut b.gated_normed, None);
+                &b.gated_normed
+            }
+            (None, quantized) => {
+                self.activate(&b.gate, &b.up, &mut b.gated);
                 self.quantize(&b.gated, self.model.weights.config.intermediate_size, quantized);
                 &b.gated
             }
@@ -302,8 +310,7 @@ impl Pass<'_> {
                 Some((q, sums, scales)) => {
                     let quantized = q.iter().zip(sums.0).zip(scales.0);
                     for ((x, out), ((q, sum), scale)) in rows.zip(quantized) {
-                        kernels.rms_norm(x, weight, eps, out);
-                        (*scale, *sum) = kernels.quantize(out, q);
+                        (*scale, *sum) = kernels.rms_norm_quantize(x, weight, eps, out, q);
                     }
                 }
             }
@@ -355,6 +362,30 @@ impl Pass<'_> {
                 Activation::Silu => kernels.silu_mul(gate.0, up.0, out.0),
             },
         );
+    }
+
+    /// The gated activation of every token, its norm and its integers.
+    fn gated_norm(
+        &self,
+        gate: &[f32],
+        up: &[f32],
+        weight: &[f32],
+        out: &mut [f32],
+        q: &mut QuantizedTokens,
+    ) {
+        let (kernels, width) = (self.kernels, weight.len());
+        let ModelConfig { hidden_act, rms_norm_eps, .. } = self.model.weights.config;
+        let item = (Rows(gate, width), Rows(up, width), RowsMut(out, width), quantized_rows(q));
+        let tokens = self.tokens.len();
+        self.split.rows(gate.len() * 24, tokens, item, &|_, (gate, up, out, (q, sums, scales))| {
+            let rows = gate.iter().zip(up.iter()).zip(out.iter());
+            let quantized = q.iter().zip(sums.0).zip(scales.0);
+            for (((gate, up), out), ((q, sum), scale)) in rows.zip(quantized) {
+                let eps = rms_norm_eps;
+                (*scale, *sum) =
+                    kernels.gated_norm_quantize(hidden_act, gate, up, weight, eps, out, q);
+            }
+        });
     }
 
     fn add(&self, x: &mut [f32], y: &[f32]) {

@@ -9,7 +9,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use bitnet_core::Layout;
+use bitnet_core::{Activation, Layout};
 use bitnet_kernels::{
     AttendQuery, DenseRows, Kernels, KvHead, KvHeadInt8Mut, MatMut, QuantizedTokens, TernaryRows,
     attend_scores_len, key_blocks_len, store_key,
@@ -257,6 +257,14 @@ fn float() {
     });
     line("quantize", n, &mut |k| {
         black_box(k.quantize(black_box(&a), &mut q));
+    });
+    line("rms_norm_quantize", n, &mut |k| {
+        black_box(k.rms_norm_quantize(black_box(&a), &weight, 1e-5, &mut out, &mut q));
+    });
+    line("relu2_mul + rms_norm + quantize", n, &mut |k| {
+        let act = Activation::Relu2;
+        let gate = black_box(&a[..]);
+        black_box(k.gated_norm_quantize(act, gate, &a, &weight, 1e-5, &mut out, &mut q));
     });
     line("silu_mul", n, &mut |k| k.silu_mul(black_box(&a), &weight, &mut out));
     line("relu2_mul", n, &mut |k| k.relu2_mul(black_box(&a), &weight, &mut out));

@@ -1,6 +1,7 @@
 //! The operations that every instruction set offers, with their checks: each
 //! method is decided once and runs compiled for its set.
 
+use bitnet_core::Activation;
 use bitnet_core::ternary::{self, dequantize};
 
 use crate::attention::{
@@ -56,6 +57,57 @@ impl Kernels {
     /// RMSNorm of one token; returns `inv_rms`, which a backward pass needs.
     pub fn rms_norm(self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> f32 {
         dispatch!(self, isa => float::rms_norm(isa, x, weight, eps, out))
+    }
+
+    /// [`Kernels::rms_norm`] of one token, then [`Kernels::quantize`] of its output:
+    /// the same bits in fewer passes. Returns (`act_scale`, sum of the integers)
+    /// and zeroes the padding behind them.
+    ///
+    /// # Panics
+    /// If `out` or `weight` is not as long as `x`, or `q` is shorter.
+    pub fn rms_norm_quantize(
+        self,
+        x: &[f32],
+        weight: &[f32],
+        eps: f32,
+        out: &mut [f32],
+        q: &mut [i8],
+    ) -> (f32, i32) {
+        assert!(out.len() == x.len() && weight.len() == x.len(), "one width");
+        let (head, padding) = q.split_at_mut(x.len());
+        padding.fill(0);
+        dispatch!(self, isa => float::rms_norm_quantize(isa, x, weight, eps, out, head))
+    }
+
+    /// The gated activation of one token, [`Kernels::rms_norm`] and
+    /// [`Kernels::quantize`] of it: the same bits in fewer passes. `out` is the
+    /// norm's output; returns as [`Kernels::rms_norm_quantize`].
+    ///
+    /// # Panics
+    /// If `up`, `weight` or `out` is not as long as `gate`, or `q` is shorter.
+    #[expect(clippy::too_many_arguments, reason = "slices of one operation")]
+    pub fn gated_norm_quantize(
+        self,
+        act: Activation,
+        gate: &[f32],
+        up: &[f32],
+        weight: &[f32],
+        eps: f32,
+        out: &mut [f32],
+        q: &mut [i8],
+    ) -> (f32, i32) {
+        let inputs = [gate, up, weight];
+        assert!(inputs.iter().all(|x| x.len() == out.len()), "one width");
+        let (q, padding) = q.split_at_mut(out.len());
+        padding.fill(0);
+        match act {
+            Activation::Relu2 => dispatch!(self, isa => {
+                float::gated_norm_quantize(isa, #[inline(always)] |gate, up| float::gated_relu2(gate, up), inputs, eps, out, q)
+            }),
+            Activation::Silu => dispatch!(self, isa => {
+                float::gated_norm_quantize(isa, #[inline(always)] |gate, up| float::gated_silu(gate, up), inputs, eps, out, q)
+            }),
+        }
     }
 
     /// `out = silu(gate) · up`, elementwise.

@@ -4,6 +4,7 @@
 
 use bitnet_core::ternary::LANES;
 
+use crate::quantize::{ABSMAX_OF_NOTHING, activations_of, larger_magnitude};
 use crate::simd::{Element, Simd};
 
 /// 1.5 · 2^23: added to a float below 2^22 it leaves the integer nearest to that,
@@ -81,6 +82,66 @@ pub(crate) fn rms_norm<S: Simd>(
     inv
 }
 
+/// [`rms_norm`], then the integers of its output: the pass that writes it also
+/// finds the largest magnitude.
+#[inline(always)]
+pub(crate) fn rms_norm_quantize<S: Simd>(
+    isa: S,
+    x: &[f32],
+    weight: &[f32],
+    eps: f32,
+    out: &mut [f32],
+    q: &mut [i8],
+) -> (f32, i32) {
+    let inv = inv_rms(isa, x, eps);
+    let mut max = ABSMAX_OF_NOTHING;
+    for ((o, &x), &w) in out.iter_mut().zip(x).zip(weight) {
+        *o = (x * inv) * w;
+        max = larger_magnitude(max, *o);
+    }
+    activations_of(out, f32::from_bits(max), q)
+}
+
+/// Elements of a piece that is read again at once; whole vectors of lanes.
+const PIECE: usize = 32 * LANES;
+
+/// The gated activation `act(gate) · up`, its [`rms_norm`] and the integers of
+/// that: the pass that activates also sums the squares.
+#[inline(always)]
+pub(crate) fn gated_norm_quantize<S: Simd>(
+    isa: S,
+    act: impl Fn(f32, f32) -> f32,
+    [gate, up, weight]: [&[f32]; 3],
+    eps: f32,
+    out: &mut [f32],
+    q: &mut [i8],
+) -> (f32, i32) {
+    let mut squares = isa.splat(0.0);
+    // In pieces of the first-level cache; two loops, so that both become vectors.
+    let inputs = gate.chunks(PIECE).zip(up.chunks(PIECE));
+    for (out, (gate, up)) in out.chunks_mut(PIECE).zip(inputs) {
+        for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+            *o = act(g, u);
+        }
+        let (chunks, rest) = out.as_chunks::<LANES>();
+        for x in chunks {
+            let x = isa.load_f32(x);
+            squares = isa.mul_add(squares, x, x);
+        }
+        if !rest.is_empty() {
+            let x = f32::load_rest(isa, rest);
+            squares = isa.mul_add(squares, x, x);
+        }
+    }
+    let inv = 1.0 / (isa.lane_sum(squares) / out.len() as f32 + eps).sqrt();
+    let mut max = ABSMAX_OF_NOTHING;
+    for (o, &w) in out.iter_mut().zip(weight) {
+        *o = (*o * inv) * w;
+        max = larger_magnitude(max, *o);
+    }
+    activations_of(out, f32::from_bits(max), q)
+}
+
 /// `silu(x) = x / (1 + e^-x)`.
 #[inline(always)]
 pub(crate) fn silu(x: f32) -> f32 {
@@ -91,17 +152,29 @@ pub(crate) fn silu(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-        *o = silu(g) * u;
+        *o = gated_silu(g, u);
     }
+}
+
+/// `silu(gate) · up`.
+#[inline(always)]
+pub(crate) fn gated_silu(gate: f32, up: f32) -> f32 {
+    silu(gate) * up
 }
 
 /// `out = relu(gate)² · up`.
 #[inline(always)]
 pub(crate) fn relu2_mul(gate: &[f32], up: &[f32], out: &mut [f32]) {
     for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-        let r = g.max(0.0);
-        *o = (r * r) * u;
+        *o = gated_relu2(g, u);
     }
+}
+
+/// `relu(gate)² · up`.
+#[inline(always)]
+pub(crate) fn gated_relu2(gate: f32, up: f32) -> f32 {
+    let r = gate.max(0.0);
+    (r * r) * up
 }
 
 /// Rotates a head in place: element `i` with element `i + C/2`.

@@ -36,7 +36,13 @@ pub fn repack_row(p5: &[u8], p2: &mut [u8]) {
 /// See [`crate::Kernels::quantize`]; `q` is as long as `x`.
 #[inline(always)]
 pub(crate) fn activations(x: &[f32], q: &mut [i8]) -> (f32, i32) {
-    let (act_scale, inv_act_scale) = ternary::act_scales(absmax(x));
+    activations_of(x, absmax(x), q)
+}
+
+/// The same where the largest magnitude is known.
+#[inline(always)]
+pub(crate) fn activations_of(x: &[f32], absmax: f32, q: &mut [i8]) -> (f32, i32) {
+    let (act_scale, inv_act_scale) = ternary::act_scales(absmax);
     let mut sum = 0i32;
     for (q, &x) in q.iter_mut().zip(x) {
         let int = quantize_activation(x, inv_act_scale);
@@ -50,13 +56,22 @@ pub(crate) fn activations(x: &[f32], q: &mut [i8]) -> (f32, i32) {
 /// and an integer maximum may be taken in any order.
 #[inline(always)]
 fn absmax(x: &[f32]) -> f32 {
-    let mut max = ternary::EPSILON.to_bits();
+    let mut max = ABSMAX_OF_NOTHING;
     for &v in x {
-        let bits = v.abs().to_bits();
-        // Above infinity lie the patterns that are not numbers; they do not count.
-        max = max.max(if bits > f32::INFINITY.to_bits() { 0 } else { bits });
+        max = larger_magnitude(max, v);
     }
     f32::from_bits(max)
+}
+
+/// The bits that [`larger_magnitude`] begins with: no absmax is smaller.
+pub(crate) const ABSMAX_OF_NOTHING: u32 = ternary::EPSILON.to_bits();
+
+/// The larger of a magnitude's bits and those of `|v|`.
+#[inline(always)]
+pub(crate) fn larger_magnitude(max: u32, v: f32) -> u32 {
+    let bits = v.abs().to_bits();
+    // Above infinity lie the patterns that are not numbers; they do not count.
+    max.max(if bits > f32::INFINITY.to_bits() { 0 } else { bits })
 }
 
 /// [`ternary::quantize_activation`] for |x| <= absmax, infinite or not a number.

@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+use bitnet_core::Activation;
 use bitnet_core::ternary::{LANES, lane_sum};
 use bitnet_kernels::{
     AttendQuery, DenseRows, KEY_BLOCK, Kernels, KvElement, KvHead, KvHeadInt8Mut, MatMut,
@@ -134,6 +135,28 @@ fn check_against_portable(x: &[f32], y: &[f32], z: &[f32]) {
         k.relu2_mul_backward(x, y, z, &mut e, &mut f);
         [a, b, c, d, e, f].concat()
     };
+    // The fused operations give the bits of the calls that they replace.
+    for k in Kernels::all() {
+        let (mut normed, mut q) = (vec![0.0; n], vec![99; n + 3]);
+        let (mut fused, mut fused_q) = (vec![0.0; n], vec![98; n + 3]);
+        k.rms_norm(x, y, 1e-5, &mut normed);
+        let want = k.quantize(&normed, &mut q);
+        let found = k.rms_norm_quantize(x, y, 1e-5, &mut fused, &mut fused_q);
+        assert_eq!((bits(&fused), &fused_q), (bits(&normed), &q), "{}", k.name());
+        assert_eq!((found.0.to_bits(), found.1), (want.0.to_bits(), want.1), "{}", k.name());
+        for act in [Activation::Relu2, Activation::Silu] {
+            let mut gated = vec![0.0; n];
+            match act {
+                Activation::Relu2 => k.relu2_mul(x, y, &mut gated),
+                Activation::Silu => k.silu_mul(x, y, &mut gated),
+            }
+            k.rms_norm(&gated, z, 1e-5, &mut normed);
+            let want = k.quantize(&normed, &mut q);
+            let found = k.gated_norm_quantize(act, x, y, z, 1e-5, &mut fused, &mut fused_q);
+            assert_eq!((bits(&fused), &fused_q), (bits(&normed), &q), "{}", k.name());
+            assert_eq!((found.0.to_bits(), found.1), (want.0.to_bits(), want.1), "{}", k.name());
+        }
+    }
     let portable = Kernels::by_name("portable").unwrap();
     all_give(&silu(portable), silu);
     all_give(&softmax(portable), softmax);
