@@ -212,7 +212,7 @@ fn the_number_of_threads_changes_nothing() {
             all.iter().map(|x| bits(x)).collect::<Vec<_>>()
         };
         let want = run(1);
-        for threads in [2, 3, 5] {
+        for threads in [2, 3, 5, 8] {
             assert!(run(threads) == want, "{threads} threads");
         }
     }
