@@ -27,7 +27,7 @@ Examples:
 
 JSON keys: model, prompt, text, finish_reason (eos, stop, length, context, interrupted),
 prompt_tokens, generated_tokens, tokens (ids of the text), prefill_tokens_per_second,
-decode_tokens_per_second, seconds, seed, kv, threads, isa.")]
+decode_tokens_per_second, seconds, seed, kv, head (stored, int8, int4), threads, isa.")]
 pub(crate) struct Args {
     /// The packed model
     model: PathBuf,
@@ -67,6 +67,7 @@ struct Report {
     seconds: f64,
     seed: u64,
     kv: &'static str,
+    head: &'static str,
     threads: usize,
     isa: &'static str,
 }
@@ -82,8 +83,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let room = ids.len().saturating_add(args.tokens).clamp(1, limit);
     let context = args.run.context.unwrap_or(room);
     let mut session = args.run.session(&model, context).map_err(ExitError::from)?;
-    let (kv, threads, isa) =
-        (session.kv().name(), session.workers().threads(), session.kernels().name());
+    let (kv, head) = (session.kv().name(), session.head().name());
+    let (threads, isa) = (session.workers().threads(), session.kernels().name());
     interrupt::install(|| ())?;
 
     let started = Instant::now();
@@ -121,6 +122,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         seconds: started.elapsed().as_secs_f64(),
         seed: args.sampling.seed,
         kv,
+        head,
         threads,
         isa,
     };
@@ -183,7 +185,7 @@ impl Report {
     fn speed(&self) -> String {
         format!(
             "prompt {} tokens, {:.0} tokens/s; text {} tokens, {:.1} tokens/s; \
-             ended by {} ({}, {} threads, kv {})",
+             ended by {} ({}, {} threads, kv {}, head {})",
             self.prompt_tokens,
             self.prefill_tokens_per_second,
             self.generated_tokens,
@@ -192,6 +194,7 @@ impl Report {
             self.isa,
             self.threads,
             self.kv,
+            self.head,
         )
     }
 }

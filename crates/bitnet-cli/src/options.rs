@@ -4,7 +4,8 @@ use std::path::Path;
 
 use bitnet_core::ExitError;
 use bitnet_engine::{
-    EngineError, KvType, LoadOptions, Model, Sampler, SamplerOptions, Session, SessionOptions,
+    EngineError, HeadMode, KvType, LoadOptions, Model, Sampler, SamplerOptions, Session,
+    SessionOptions,
 };
 use clap::{Args, ValueEnum};
 
@@ -60,6 +61,11 @@ pub(crate) struct RunArgs {
     /// Precision of the key and value cache
     #[arg(long, value_enum, default_value_t = KvArg::F32)]
     kv: KvArg,
+    /// How the best tokens are found where they alone decide (--temperature 0 or
+    /// --top-k, and no repetition penalty): from all logits, or by a scan of a copy
+    /// of the head in 8 or 4 bits; the text is the same
+    #[arg(long, value_enum, default_value_t = HeadArg::Stored)]
+    head: HeadArg,
     /// Threads [default: the physical cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -75,6 +81,13 @@ enum KvArg {
     Int8,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum HeadArg {
+    Stored,
+    Int8,
+    Int4,
+}
+
 impl RunArgs {
     /// # Errors
     /// See [`Session::new`].
@@ -84,9 +97,14 @@ impl RunArgs {
             KvArg::F16 => KvType::F16,
             KvArg::Int8 => KvType::Int8,
         };
-        let threads = self.threads.map(usize::from);
-        let context = Some(context);
-        Session::new(model, &SessionOptions { kv, context, threads, ..SessionOptions::default() })
+        let head = match self.head {
+            HeadArg::Stored => HeadMode::Stored,
+            HeadArg::Int8 => HeadMode::Int8Exact,
+            HeadArg::Int4 => HeadMode::Int4Exact,
+        };
+        let (context, threads) = (Some(context), self.threads.map(usize::from));
+        let options = SessionOptions { kv, head, context, threads, ..SessionOptions::default() };
+        Session::new(model, &options)
     }
 }
 

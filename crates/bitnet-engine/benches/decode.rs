@@ -1,5 +1,5 @@
-//! Decode beside itself: the int8 head against the stored one, and batches of
-//! sequences against one, at the shapes of a 2B model with random weights.
+//! Decode beside itself: the scans of the head against the stored one, and batches
+//! of sequences against one, at the shapes of a 2B model with random weights.
 //!
 //! Medians of interleaved steps in one process (with `--best` the fastest, for a
 //! machine that is busy with other work).
@@ -75,40 +75,64 @@ fn medians(rounds: usize, runs: &mut [&mut dyn FnMut()]) -> Vec<f64> {
     times.into_iter().map(median).collect()
 }
 
-/// 128 256 rows of 2560 in f16; the one small block is measured by itself and
-/// taken off.
+/// 128 256 rows of 2560 in f16, after hidden states that point nowhere and after
+/// some that point towards a row.
 fn head(threads: usize) {
     let config = ModelConfig { intermediate_size: 256, ..shapes(1, 128_256) };
     let (model, _dir) = RandomModel::new(&config, 1).open();
-    let rest = ModelConfig { vocab_size: 320, ..config };
-    let (rest, _dir) = RandomModel::new(&rest, 1).open();
-    let session = |model: &Model, head| Session::new(model, &options(threads, head)).unwrap();
-    let start = Instant::now();
-    let mut int8 = session(&model, HeadMode::Int8Exact);
-    println!("int8 copy of the head made in {:.2} s", start.elapsed().as_secs_f64());
-    let mut stored = session(&model, HeadMode::Stored);
-    let mut rest = session(&rest, HeadMode::Stored);
-    let step = |s: &mut Session| {
-        s.truncate(8);
-        let token = (s.position() % 300) as u32;
-        black_box(s.decode_top(token, 1).unwrap());
-    };
-    let best = |s: &mut Session| s.decode_top(7, 20).unwrap().to_vec();
-    assert!((0..40).all(|_| best(&mut stored) == best(&mut int8)));
-    let [stored, int8, rest] = medians(
-        40,
-        &mut [&mut || step(&mut stored), &mut || step(&mut int8), &mut || step(&mut rest)],
-    )[..] else {
-        unreachable!("three runs")
-    };
-    let (stored, int8) = (stored - rest, int8 - rest);
-    println!("head 128256 x 2560, ms a token: f16 {stored:.2}, int8 exact {int8:.2}");
-    println!(
-        "ratio {:.2}; {:.1} GB/s of f16, {:.1} GB/s of int8",
-        stored / int8,
-        0.656_671 / stored * 1e3,
-        0.329_874 / int8 * 1e3
-    );
+    let session = |head| Session::new(&model, &options(threads, head)).unwrap();
+    let mut sessions = HeadMode::ALL.map(|head| {
+        let start = Instant::now();
+        let session = session(head);
+        if head == HeadMode::Int8Exact {
+            println!("copy of the head made in {:.2} s", start.elapsed().as_secs_f64());
+        }
+        session
+    });
+    for cosine in [0.25, 0.0] {
+        let hs: Vec<Vec<f32>> = (0..8).map(|i| hidden(&model, i, cosine)).collect();
+        for h in &hs {
+            let [stored, int8, int4] = sessions.each_mut().map(|s| s.top_of_hidden(h, 20).unwrap());
+            assert!(stored == int8 && stored == int4);
+        }
+        let before = sessions.each_ref().map(Session::head_counts);
+        let mut runs = sessions.each_mut().map(|session| {
+            let hs = &hs;
+            let mut i = 0;
+            move || {
+                i += 1;
+                black_box(session.top_of_hidden(&hs[i % hs.len()], 1).unwrap());
+            }
+        });
+        let mut runs: Vec<&mut dyn FnMut()> =
+            runs.iter_mut().map(|run| run as &mut dyn FnMut()).collect();
+        let times = medians(80, &mut runs);
+        println!("head 128256 x 2560, best token, cosine {cosine} with a row:");
+        for (i, (session, ms)) in sessions.iter().zip(&times).enumerate() {
+            let (now, before) = (session.head_counts(), before[i]);
+            let mean = |now: u64, before: u64| (now - before) as f64 / 81.0;
+            println!(
+                "  {:6} {ms:7.2} ms, {:.2} times stored; a search: {:.2} full scans, \
+                 {:.1} rows refined, {:.1} scored",
+                session.head().name(),
+                times[0] / ms,
+                mean(now.full_scans, before.full_scans),
+                mean(now.refined, before.refined),
+                mean(now.scored, before.scored),
+            );
+        }
+    }
+}
+
+/// A hidden state with that cosine with row `1000·i` of the head, or one that points
+/// nowhere.
+fn hidden(model: &Model, i: usize, cosine: f32) -> Vec<f32> {
+    let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+    let mut row = vec![0.0; model.config().hidden_size];
+    model.head().read_row(1000 * i, &mut row);
+    let noise = common::Random(i as u64).floats(row.len());
+    let (a, b) = (cosine / norm(&row), (1.0 - cosine * cosine).sqrt() / norm(&noise));
+    row.iter().zip(&noise).map(|(w, x)| 50.0 * (a * w + b * x)).collect()
 }
 
 /// Steps of 1 to 16 sequences at about 100 positions each.

@@ -3,7 +3,7 @@
 
 use crate::cache::{KvCache, Place};
 use crate::error::EngineError;
-use crate::head::HeadMode;
+use crate::head::{HeadCounts, HeadMode, TokenLogit, Top};
 use crate::model::Model;
 use crate::parallel::{Workers, physical_cores};
 use crate::runner::{Output, Runner};
@@ -24,6 +24,7 @@ pub struct BatchSession {
     step: Vec<u32>,
     /// Logits of the last step, `[steps, V]`.
     logits: Vec<f32>,
+    top: Top,
 }
 
 impl BatchSession {
@@ -56,11 +57,6 @@ impl BatchSession {
             let (value, why) = ("0".to_owned(), "must be at least 1".to_owned());
             return Err(EngineError::Option { option: "sequences", value, why });
         }
-        if options.head != HeadMode::Stored {
-            let why = "a batch reads the stored head once for all sequences; use stored";
-            let value = options.head.name().to_owned();
-            return Err(EngineError::Option { option: "head", value, why: why.to_owned() });
-        }
         let runner = Runner::new(model, options, workers)?;
         let caches = (0..sequences).map(|_| runner.cache(options)).collect::<Result<_, _>>()?;
         Ok(Self {
@@ -69,6 +65,7 @@ impl BatchSession {
             sequences: vec![Vec::new(); sequences],
             step: Vec::new(),
             logits: Vec::new(),
+            top: Top::new(options.head),
         })
     }
 
@@ -100,6 +97,40 @@ impl BatchSession {
     /// # Errors
     /// As [`BatchSession::prefill`], or a sequence that is named twice.
     pub fn decode(&mut self, steps: &[(usize, u32)]) -> Result<&[f32], EngineError> {
+        self.check(steps)?;
+        self.logits.resize(steps.len() * self.runner.model.config().vocab_size, 0.0);
+        self.step(steps, None);
+        Ok(&self.logits)
+    }
+
+    /// Appends one token to each of some sequences; returns the `k` most probable
+    /// tokens after each, `[steps, k]` (or `[steps, V]` if k is larger), each
+    /// sequence's as [`crate::Session::decode_top`] gives them alone.
+    ///
+    /// In a mode that scans a copy of the head, one scan serves all sequences.
+    ///
+    /// # Errors
+    /// As [`BatchSession::decode`]; or, once the tokens have been appended, a
+    /// sequence whose logits cannot be ranked.
+    pub fn decode_top(
+        &mut self,
+        steps: &[(usize, u32)],
+        k: usize,
+    ) -> Result<&[TokenLogit], EngineError> {
+        self.check(steps)?;
+        if self.top.mode() == HeadMode::Stored {
+            let vocab = self.runner.model.config().vocab_size;
+            self.logits.resize(steps.len() * vocab, 0.0);
+            self.step(steps, None);
+            self.top.of_logits(&self.logits, vocab, k);
+        } else {
+            self.step(steps, Some(k));
+        }
+        self.top.result()
+    }
+
+    /// Whether a step can be made.
+    fn check(&self, steps: &[(usize, u32)]) -> Result<(), EngineError> {
         if steps.is_empty() {
             return Err(EngineError::Empty);
         }
@@ -110,18 +141,36 @@ impl BatchSession {
             }
             self.runner.check(position, &[token])?;
         }
-        self.logits.resize(steps.len() * self.runner.model.config().vocab_size, 0.0);
+        Ok(())
+    }
+
+    /// Makes a step that was checked, for all logits or the best `k`.
+    fn step(&mut self, steps: &[(usize, u32)], k: Option<usize>) {
         self.step.clear();
         self.step.extend(steps.iter().map(|s| s.1));
         let sequences = &self.sequences;
         let places =
             steps.iter().map(|&(cache, _)| Place { cache, position: sequences[cache].len() });
-        let output = Output::All(&mut self.logits);
+        let output = match k {
+            Some(k) => Output::Top(&mut self.top, k),
+            None => Output::All(&mut self.logits),
+        };
         self.runner.pass(&mut self.caches, places, &self.step, output, None);
         for &(sequence, token) in steps {
             self.sequences[sequence].push(token);
         }
-        Ok(&self.logits)
+    }
+
+    /// How [`BatchSession::decode_top`] finds the best tokens.
+    #[must_use]
+    pub fn head(&self) -> HeadMode {
+        self.top.mode()
+    }
+
+    /// What its searches read so far.
+    #[must_use]
+    pub fn head_counts(&self) -> HeadCounts {
+        self.top.counts()
     }
 
     /// Forgets all tokens of a sequence but the first `len`; nothing where there

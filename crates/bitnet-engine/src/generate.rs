@@ -182,15 +182,17 @@ impl<'a> Generator<'a> {
         Ok(())
     }
 
-    /// Runs the token that waits, if any, and chooses the next. Where only the
-    /// best is asked for, the session need not make all logits.
+    /// Runs the token that waits, if any, and chooses the next. Where the best few
+    /// decide, the session need not make all logits.
     fn choose(&mut self) -> Result<u32, EngineError> {
         if let Some(token) = self.pending {
             self.pending = None;
             self.stats.decode_tokens += 1;
-            if self.session.head() == HeadMode::Int8Exact && self.sampler.is_greedy() {
-                let top = self.session.decode_top(token, 1)?;
-                return Ok(top.first().map_or(0, |t| t.token));
+            if self.session.head() != HeadMode::Stored
+                && let Some(k) = self.sampler.needs_top()
+            {
+                let top = self.session.decode_top(token, k)?;
+                return Ok(self.sampler.sample_top(top));
             }
             self.session.decode(token)?;
         }

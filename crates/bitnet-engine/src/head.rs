@@ -1,67 +1,104 @@
-//! The best tokens without all logits: a scan of int8 rows bounds every logit,
-//! and the few rows that can still win are scored exactly.
+//! The best tokens without all logits: a scan of a copy of the head in few bits
+//! bounds every logit, and the few rows that can still win are scored exactly.
+//!
+//! # The copies
+//!
+//! A row `w` of the head is stored as bytes `v`, `w ≈ s·(v − 127.5)`, whose upper
+//! four bits are a coarser copy, `w ≈ s·(16·(v >> 4) − 120)`. The two halves lie in
+//! planes of their own. [`HeadMode::Int8Exact`] scans both, half the bytes of f16.
+//! [`HeadMode::Int4Exact`] scans the upper plane of all rows, a quarter of the
+//! bytes, and reads of the lower one only the rows that can still win.
 //!
 //! # The bound
 //!
-//! A row of the head is `w = s·q + e` with int8 `q`, an activation is
-//! `h = a·p + d` with 16-bit integers `p` (two int8 planes, so that outliers
-//! among activations cost nothing). The scan computes `A = s·a·Σ q·p`, whose sum
-//! is exact. Then `Σ w·h − A = Σ e·h + Σ s·q·d`, so by Cauchy and Schwarz
+//! Let e be the error of a copy, `w = s·u + e`. An activation is `h = a·p + d` with
+//! 16-bit integers `p` (two int8 planes, so that outliers among activations cost
+//! nothing). A scan computes the middle `A = s·a·Σ u·p`, whose sum is exact. Then
+//! `Σ w·h − A = Σ e·h + Σ s·u·d`, so by Cauchy and Schwarz
 //!
-//! `|Σ w·h − A| ≤ ‖e‖·‖h‖ + ‖s·q‖·‖d‖`, and `‖s·q‖ ≤ ‖w‖ + ‖e‖`.
+//! `|Σ w·h − A| ≤ ‖e‖·‖h‖ + ‖s·u‖·‖d‖`, and `‖s·u‖ ≤ ‖w‖ + ‖e‖`.
 //!
-//! A few large activations would make `‖h‖` large for little: no `|e|` is above
-//! `s/2`, so any set O of elements may be taken out of the first product and
-//! bounded by `s/2·Σ_O |h|`. That pays for `|h|` above `√12` times the root mean
-//! square of the rest (where `‖e‖ ≈ s·√(n/12)`).
+//! A few large activations would make `‖h‖` large for little: any set O of elements
+//! may be taken out of the first product and bounded by `max |e|·Σ_O |h|`. That pays
+//! for `|h|` above `√12` times the root mean square of the rest (where errors are
+//! spread evenly); the smaller of both bounds counts.
+//!
+//! The norm of e is measured, not derived from s. So s is free to be smaller than
+//! the largest weight asks for: cutting that weight off costs less than coarse
+//! steps for all others.
 //!
 //! The exact logit is an f32 sum in sixteen lanes: each term passes at most
 //! `m = n/16 + 8` roundings, so it is within `γ·‖w‖·‖h‖` of the real sum, where
 //! `γ = 2·m·2⁻²⁴` (Higham, Accuracy and Stability, 3.1, with room to spare).
 //! Every norm is rounded up, and `2⁻²⁰` of the largest possible magnitude covers
-//! the roundings of the bounds themselves. A logit that could overflow, or whose
-//! row or activation is not finite, gets the bounds ±∞: it is always scored.
+//! the roundings of middles and bounds themselves. A logit that could overflow, or
+//! whose row or activation is not finite, has no bound: it is always scored.
 //!
 //! # The answer
 //!
-//! Let L be the k-th largest lower bound. At least k logits reach L, so each of
-//! the k best does, and so does its upper bound: scoring every row whose upper
-//! bound reaches L finds them all, with every row that ties with the last.
+//! Score the k rows with the largest middles, and let L be the least of their
+//! logits. Each of the k best logits is at least L, and so is its upper bound:
+//! scoring every row whose upper bound reaches L finds them all, with every row
+//! that ties with the last.
+//!
+//! # When four bits are too few
+//!
+//! `‖e‖` of the coarse copy is about 0.11·`‖w‖`. Of random rows of D columns, logits
+//! spread by `‖w‖·‖h‖/√D`: the bound is then 5.7 of those for D = 2560, and nothing
+//! drops out unless the winner stands out by more. Trained heads have winners that
+//! do; where they do not, and more than half of the rows need their lower bits, the
+//! next [`RETRY`] scans read both planes at once, which costs what
+//! [`HeadMode::Int8Exact`] does, before the coarse copy is tried again.
+
+mod activation;
+mod nested;
 
 use std::cmp::Ordering;
 
-use bitnet_kernels::{DenseRows, Int8Rows, Kernels, MatMut, QuantizedTokens};
+use bitnet_kernels::{DenseRows, Int4Rows, Kernels, MatMut};
 
+use self::activation::{Activations, Factors};
+pub(crate) use self::nested::NestedHead;
+use self::nested::Numbers;
 use crate::error::EngineError;
 use crate::model::Inner;
 use crate::parallel::{Rows, RowsMut, Split};
 
-/// How the best tokens are found.
+/// How the best tokens are found. Every mode gives the same answer, bit for bit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HeadMode {
     /// From all logits.
     #[default]
     Stored,
-    /// By a scan of an int8 copy of the head (made when the first session of a
-    /// model asks for it), then exact scores of the rows that can still win: the
-    /// same answer for about half the bytes.
+    /// By a scan of an 8-bit copy of the head (made when the first session of a
+    /// model asks for it), then exact scores of the rows that can still win: about
+    /// half the bytes.
     Int8Exact,
+    /// By a scan of the upper four bits of that copy, then of the lower four of the
+    /// rows that can still win, then exact scores: about a quarter of the bytes
+    /// where the best tokens stand out, and never more than [`Self::Int8Exact`]
+    /// but for one scan in 32.
+    Int4Exact,
 }
 
 impl HeadMode {
+    /// All modes.
+    pub const ALL: [Self; 3] = [Self::Stored, Self::Int8Exact, Self::Int4Exact];
+
     /// The name in options.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Stored => "stored",
             Self::Int8Exact => "int8",
+            Self::Int4Exact => "int4",
         }
     }
 
     /// The mode of that name.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Stored, Self::Int8Exact].into_iter().find(|m| m.name() == name)
+        Self::ALL.into_iter().find(|m| m.name() == name)
     }
 }
 
@@ -74,197 +111,79 @@ pub struct TokenLogit {
     pub logit: f32,
 }
 
+/// What searches by a scan read, summed over searches of one hidden state each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HeadCounts {
+    /// Searches.
+    pub searches: u64,
+    /// Those that scanned all eight bits of every row.
+    pub full_scans: u64,
+    /// Rows whose lower four bits were read after a scan of the upper four.
+    pub refined: u64,
+    /// Rows that were scored exactly.
+    pub scored: u64,
+}
+
 /// Rows that are scanned and bounded together.
 const BLOCK: usize = 64;
 
-/// A larger magnitude than this may overflow on the way to a logit.
-const SAFE: f32 = 1e37;
+/// Activations that are scanned together: their planes stay in the cache.
+const TOGETHER: usize = 8;
+
+/// Scans of both planes before the coarse copy is tried again.
+const RETRY: u32 = 31;
 
 /// Covers the roundings of bounds, relative to what they are computed from.
 const SLACK: f64 = 1.0 / (1 << 20) as f64;
-
-/// An int8 copy of a head.
-#[derive(Debug)]
-pub(crate) struct Int8Head {
-    cols: usize,
-    /// `[V, stride]`, see [`Int8Rows`].
-    bytes: Vec<u8>,
-    /// The s of each row.
-    scales: Vec<f32>,
-    /// `‖e‖` of each row, rounded up.
-    errors: Vec<f32>,
-    /// `‖w‖ + ‖e‖` of each row, rounded up.
-    norms: Vec<f32>,
-}
-
-impl Int8Head {
-    pub(crate) fn new(rows: DenseRows<'_>, cols: usize, split: Split) -> Self {
-        let (vocab, stride) = (rows.len() / cols, Int8Rows::stride(cols));
-        let mut head = Self {
-            cols,
-            bytes: vec![128; vocab * stride],
-            scales: vec![0.0; vocab],
-            errors: vec![0.0; vocab],
-            norms: vec![0.0; vocab],
-        };
-        let item = (
-            RowsMut(&mut head.bytes[..], stride),
-            RowsMut(&mut head.scales[..], 1),
-            RowsMut(&mut head.errors[..], 1),
-            RowsMut(&mut head.norms[..], 1),
-        );
-        split.rows(rows.len() * 4, vocab, item, &|first, (bytes, scales, errors, norms)| {
-            let mut row = vec![0.0; cols];
-            let numbers = scales.0.iter_mut().zip(errors.0.iter_mut()).zip(norms.0.iter_mut());
-            for (i, (bytes, ((scale, error), norm))) in bytes.iter().zip(numbers).enumerate() {
-                rows.read_row(first + i, &mut row);
-                (*scale, *error, *norm) = quantize_row(&row, bytes);
-            }
-        });
-        head
-    }
-
-    fn len(&self) -> usize {
-        self.scales.len()
-    }
-}
-
-/// Fills a row of int8 values; returns its scale, `‖e‖` and `‖w‖ + ‖e‖`.
-fn quantize_row(row: &[f32], bytes: &mut [u8]) -> (f32, f32, f32) {
-    let absmax = row.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
-    if absmax == 0.0 && !row.iter().any(|x| x.is_nan()) {
-        return (0.0, 0.0, 0.0);
-    }
-    let scale = (f64::from(absmax) / 127.0) as f32;
-    if !row.iter().all(|x| x.is_finite()) || scale < f32::MIN_POSITIVE {
-        // No bound; and none below the normal numbers, where s may be far off.
-        return (0.0, f32::INFINITY, f32::INFINITY);
-    }
-    let inv = 127.0 / f64::from(absmax);
-    let (mut error, mut square) = (0.0f64, 0.0f64);
-    for (b, &w) in bytes.iter_mut().zip(row) {
-        let w = f64::from(w);
-        let q = round(w * inv);
-        *b = (q as i32 + 128) as u8;
-        let e = w - q * f64::from(scale);
-        error += e * e;
-        square += w * w;
-    }
-    let (error, norm) = (error.sqrt(), square.sqrt());
-    (scale, round_up(error), round_up(norm + error))
-}
-
-/// The nearest integer of a value below 2^51: one addition, no call.
-fn round(x: f64) -> f64 {
-    const MAGIC: f64 = 1.5 * (1u64 << 52) as f64;
-    (x + MAGIC) - MAGIC
-}
-
-/// An f32 that is no smaller than a magnitude computed in f64, whose own
-/// roundings (2^-53 for each of at most 2^16 terms) it covers too; ∞ for NaN.
-fn round_up(x: f64) -> f32 {
-    if x.is_nan() {
-        f32::INFINITY
-    } else if x == 0.0 {
-        0.0
-    } else {
-        ((x * (1.0 + SLACK)) as f32).max(f32::MIN_POSITIVE)
-    }
-}
-
-/// One activation in 16-bit integers, and the factors of its bounds.
-#[derive(Debug, Default)]
-struct Activation {
-    /// The planes of p: `p = 256·planes[0] + planes[1]`.
-    planes: QuantizedTokens,
-    /// The a of `h = a·p + d`.
-    scale: f64,
-    /// `‖h‖`.
-    norm: f32,
-    /// What a row's `‖e‖` is multiplied by in its bound: `‖h‖` without O.
-    of_error: f32,
-    /// What its s is multiplied by: `Σ_O |h| / 2`.
-    of_scale: f32,
-    /// What a row's `‖w‖ + ‖e‖` is multiplied by.
-    of_norm: f32,
-}
-
-impl Activation {
-    fn set(&mut self, h: &[f32]) {
-        let absmax = h.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
-        self.scale = if absmax == 0.0 { 1.0 } else { f64::from(absmax) / 32_512.0 };
-        self.planes.resize(2, h.len());
-        let (high, low) = self.planes.q.split_at_mut(self.planes.stride);
-        let (mut square, mut error, mut sums) = (0.0f64, 0.0f64, [0i32; 2]);
-        for ((high, low), &x) in high.iter_mut().zip(low).zip(h) {
-            let x = f64::from(x);
-            let p = round(x / self.scale);
-            // Of 32512 the planes are 127 and 0, of -32512 they are -127 and 0.
-            let upper = (p as i32 + 128) >> 8;
-            (*high, *low) = (upper as i8, (p as i32).wrapping_sub(upper << 8) as i8);
-            sums = [sums[0] + i32::from(*high), sums[1] + i32::from(*low)];
-            let d = x - p * self.scale;
-            error += d * d;
-            square += x * x;
-        }
-        self.planes.sums.copy_from_slice(&sums);
-        let (norm, error) = (square.sqrt(), error.sqrt());
-        let gamma = 2.0 * (h.len() / 16 + 8) as f64 / f64::from(1u32 << 24);
-        self.norm = round_up(norm);
-        let (rest, outliers) = without_outliers(h);
-        self.of_error = round_up(rest * (1.0 + SLACK));
-        // The rounding of s moves q·s, and so |e|, by up to 127·2^-24·s beyond s/2.
-        self.of_scale = round_up(outliers * (0.5 + 128.0 * SLACK));
-        let of_norm = error + gamma * norm + SLACK * (norm + error);
-        self.of_norm = round_up(of_norm * (1.0 + SLACK));
-    }
-}
-
-/// The norm of `h` without its outliers, and the sum of their magnitudes.
-fn without_outliers(h: &[f32]) -> (f64, f64) {
-    let mut limit = f64::INFINITY;
-    // What was an outlier hid others. Any limit gives a bound; this is a good one.
-    for _ in 0..4 {
-        let rest = h.iter().map(|&x| f64::from(x)).filter(|x| x.abs() <= limit);
-        let (count, square) = rest.fold((0, 0.0), |(n, sum), x| (n + 1, sum + x * x));
-        limit = (12.0 * square / f64::from(count.max(1))).sqrt();
-    }
-    let (mut square, mut outliers) = (0.0, 0.0);
-    for x in h.iter().map(|&x| f64::from(x)) {
-        if x.abs() <= limit { square += x * x } else { outliers += x.abs() }
-    }
-    (square.sqrt(), outliers)
-}
 
 /// Finds the best tokens; its buffers stay.
 #[derive(Debug)]
 pub(crate) struct Top {
     mode: HeadMode,
-    activation: Activation,
-    /// Bounds of every logit, `[V]`.
-    lower: Vec<f32>,
-    upper: Vec<f32>,
-    /// Lower bounds being ranked.
-    ranked: Vec<f32>,
-    /// The rows that can still win, and their logits.
+    /// Scans of both planes to come, in mode [`HeadMode::Int4Exact`].
+    full_scans: u32,
+    counts: HeadCounts,
+    activations: Activations,
+    /// What the scan says of every logit, `[blocks, T, BLOCK]`; -∞ without a bound.
+    middles: Vec<f32>,
+    /// `[blocks, T]`.
+    reaches: Vec<Reach>,
+    /// Middles being ranked, and their rows.
+    ranked: Vec<TokenLogit>,
+    /// The rows that can still win, and their logits (or bounds of those).
     rows: Vec<u32>,
     logits: Vec<f32>,
+    /// The candidates of one search, then the best of them.
     best: Vec<TokenLogit>,
-    /// A logit that cannot be ranked.
+    /// The best of all searches, one after the other.
+    found: Vec<TokenLogit>,
+    /// The first logit that cannot be ranked.
     bad: Option<TokenLogit>,
+}
+
+/// How large logits of a block can be.
+#[derive(Debug, Clone, Copy)]
+struct Reach {
+    /// The largest middle of a row with a bound; -∞ if there is none.
+    middle: f32,
+    /// The largest upper bound.
+    upper: f32,
 }
 
 impl Top {
     pub(crate) fn new(mode: HeadMode) -> Self {
         Self {
             mode,
-            activation: Activation::default(),
-            lower: Vec::new(),
-            upper: Vec::new(),
+            full_scans: 0,
+            counts: HeadCounts::default(),
+            activations: Activations::default(),
+            middles: Vec::new(),
+            reaches: Vec::new(),
             ranked: Vec::new(),
             rows: Vec::new(),
             logits: Vec::new(),
             best: Vec::new(),
+            found: Vec::new(),
             bad: None,
         }
     }
@@ -273,47 +192,50 @@ impl Top {
         self.mode
     }
 
-    /// What the last search found.
+    pub(crate) fn counts(&self) -> HeadCounts {
+        self.counts
+    }
+
+    /// What the last searches found, `[T, k]` (or `[T, V]` if k is larger).
     pub(crate) fn result(&self) -> Result<&[TokenLogit], EngineError> {
         match self.bad {
             Some(TokenLogit { token, logit }) => {
                 Err(EngineError::Logit { token: token as usize, value: logit })
             }
-            None => Ok(&self.best),
+            None => Ok(&self.found),
         }
     }
 
-    /// The best `k` of all logits `[V]`.
-    pub(crate) fn of_logits(&mut self, logits: &[f32], k: usize) {
-        if k == 1 {
-            // One pass instead of a ranking; NaN and +∞ win and are refused.
-            let best = (0u32..).zip(logits).map(|(token, &logit)| TokenLogit { token, logit });
-            let best = best.reduce(|a, b| if beats(b.logit, a.logit) { b } else { a });
-            self.best.clear();
-            self.best.extend(best);
-            self.refuse();
-        } else {
+    /// The best `k` of all logits of each token, `[T, V]`.
+    pub(crate) fn of_logits(&mut self, logits: &[f32], vocab: usize, k: usize) {
+        self.begin();
+        for logits in logits.chunks_exact(vocab) {
             let all = (0u32..).zip(logits).map(|(token, &logit)| TokenLogit { token, logit });
             self.best.clear();
-            self.best.extend(all);
+            if k == 1 {
+                // One pass instead of a ranking; NaN and +∞ win and are refused.
+                self.best.extend(all.reduce(|a, b| if beats(b.logit, a.logit) { b } else { a }));
+            } else {
+                self.best.extend(all);
+            }
             self.rank(k);
         }
     }
 
-    /// The best `k` tokens after the final hidden state `h` `[D]`.
+    /// The best `k` tokens after each final hidden state `hs` `[T, D]`.
     ///
     /// # Panics
-    /// If the model's int8 head has not been made.
+    /// If the model's copy of the head has not been made.
     pub(crate) fn find(
         &mut self,
         kernels: Kernels,
         split: Split,
         model: &Inner,
-        h: &[f32],
+        hs: &[f32],
         k: usize,
     ) {
-        let head = model.int8.get().expect("a session of this mode has made the copy");
-        self.search(kernels, split, model.head(), head, h, k);
+        let head = model.nested.get().expect("a session of this mode has made the copy");
+        self.search(kernels, split, model.head(), head, hs, k);
     }
 
     fn search(
@@ -321,15 +243,159 @@ impl Top {
         kernels: Kernels,
         split: Split,
         exact: DenseRows<'_>,
-        head: &Int8Head,
-        h: &[f32],
+        head: &NestedHead,
+        hs: &[f32],
         k: usize,
     ) {
-        self.activation.set(h);
-        self.bound(kernels, split, head);
-        self.select(k);
+        let full = self.mode != HeadMode::Int4Exact || self.full_scans > 0;
+        self.full_scans = self.full_scans.saturating_sub(1);
+        self.begin();
+        self.activations.set(hs, head.cols);
+        self.scan(kernels, split, head, full);
+        let mut refined = 0;
+        for (t, h) in hs.chunks_exact(head.cols).enumerate() {
+            self.largest_middles(head, t, k);
+            self.score(kernels, split, exact, h);
+            let threshold = if self.rows.len() < k {
+                f32::NEG_INFINITY
+            } else {
+                self.logits.iter().copied().fold(f32::INFINITY, f32::min)
+            };
+            self.select(head, t, full, threshold);
+            if !full {
+                refined += self.rows.len();
+                self.refine(kernels, split, head, t, threshold);
+            }
+            self.score(kernels, split, exact, h);
+            self.best.clear();
+            let scored = self.rows.iter().zip(&self.logits);
+            self.best.extend(scored.map(|(&token, &logit)| TokenLogit { token, logit }));
+            self.rank(k);
+        }
+        let searches = self.activations.len() as u64;
+        self.counts.searches += searches;
+        self.counts.refined += refined as u64;
+        if full {
+            self.counts.full_scans += searches;
+        } else if refined > head.vocab / 2 {
+            self.full_scans = RETRY;
+        }
+    }
+
+    /// The middle of every logit, and how far the logits of blocks reach.
+    fn scan(&mut self, kernels: Kernels, split: Split, head: &NestedHead, full: bool) {
+        let (blocks, tokens) = (head.numbers.len(), self.activations.len());
+        self.middles.resize(blocks * tokens * BLOCK, 0.0);
+        self.reaches.resize(blocks * tokens, Reach { middle: 0.0, upper: 0.0 });
+        let activations = &self.activations;
+        let item = (
+            RowsMut(&mut self.middles[..], tokens * BLOCK),
+            RowsMut(&mut self.reaches[..], tokens),
+        );
+        let planes = if full { 2 } else { 1 };
+        let bytes = head.high().bytes.len() * planes;
+        split.rows(bytes, blocks, item, &|first, (middles, reaches)| {
+            for (b, (middles, reaches)) in (first..).zip(middles.iter().zip(reaches.iter())) {
+                scan_block(kernels, head, activations, full, b, middles, reaches);
+            }
+        });
+    }
+
+    /// Leaves in `rows` those with the `k` largest middles, or nearly: where k is
+    /// small beside the number of blocks, the best row of each of the best k blocks.
+    /// Fewer if so few have a bound, and none if all rows will be scored anyway.
+    fn largest_middles(&mut self, head: &NestedHead, t: usize, k: usize) {
+        self.rows.clear();
+        self.ranked.clear();
+        if k == 0 || k >= head.vocab {
+            return;
+        }
+        let (blocks, tokens) = (head.numbers.len(), self.activations.len());
+        let middles = &self.middles;
+        let middles = |block: usize| block_middles(middles, head, (block, t, tokens));
+        let entry = |at: usize, middle: f32| TokenLogit { token: at as u32, logit: middle };
+        let by_block = k <= (blocks / 4).max(1);
+        if by_block {
+            let reaches = self.reaches[t..].iter().step_by(tokens).enumerate();
+            self.ranked.extend(reaches.map(|(block, reach)| entry(block, reach.middle)));
+        } else {
+            let all = (0..blocks).flat_map(|b| (b * BLOCK..).zip(middles(b)));
+            self.ranked.extend(all.map(|(row, &middle)| entry(row, middle)));
+        }
+        if k < self.ranked.len() {
+            self.ranked.select_nth_unstable_by(k - 1, |a, b| b.logit.total_cmp(&a.logit));
+            self.ranked.truncate(k);
+        }
+        let bounded = self.ranked.iter().filter(|r| r.logit > f32::NEG_INFINITY);
+        self.rows.extend(bounded.map(|r| {
+            let best = |block| middles(block).iter().position(|&middle| middle == r.logit);
+            match r.token {
+                row if !by_block => row,
+                block => block * BLOCK as u32 + best(block as usize).unwrap_or(0) as u32,
+            }
+        }));
+    }
+
+    /// Every row whose upper bound reaches the threshold.
+    fn select(&mut self, head: &NestedHead, t: usize, full: bool, threshold: f32) {
+        let tokens = self.activations.len();
+        let factors = self.activations.factors(t);
+        self.rows.clear();
+        let reaches = self.reaches[t..].iter().step_by(tokens);
+        for (block, reach) in reaches.enumerate().filter(|(_, reach)| reach.upper >= threshold) {
+            debug_assert!(!reach.upper.is_nan());
+            let numbers = &head.numbers[block];
+            let errors = factors.errors(numbers, numbers.of(full));
+            let middles = block_middles(&self.middles, head, (block, t, tokens));
+            for ((row, &middle), error) in ((block * BLOCK) as u32..).zip(middles).zip(errors) {
+                if upper(middle, error) >= threshold {
+                    self.rows.push(row);
+                }
+            }
+        }
+    }
+
+    /// Drops rows that their lower bits show to be out.
+    fn refine(
+        &mut self,
+        kernels: Kernels,
+        split: Split,
+        head: &NestedHead,
+        t: usize,
+        threshold: f32,
+    ) {
+        let (tokens, factors) = (self.activations.len(), self.activations.factors(t));
+        let planes = self.activations.planes(t, t + 1);
+        let middles = &self.middles;
         self.logits.resize(self.rows.len(), 0.0);
-        let cols = head.cols;
+        let item = (Rows(&self.rows[..], 1), RowsMut(&mut self.logits[..], 1));
+        let bytes = self.rows.len() * head.cols / 2;
+        split.rows(bytes, self.rows.len(), item, &|_, (rows, uppers)| {
+            for (rows, uppers) in rows.0.chunks(BLOCK).zip(uppers.0.chunks_mut(BLOCK)) {
+                let mut sums = [0i32; 2 * BLOCK];
+                let sums = &mut sums[..2 * rows.len()];
+                let out = MatMut::new(sums, 2, rows.len());
+                kernels.int4_sums_of(head.low(), rows, planes, out);
+                for (i, (&row, out)) in rows.iter().zip(uppers).enumerate() {
+                    let (block, at) = (row as usize / BLOCK, row as usize % BLOCK);
+                    let coarse = middles[(block * tokens + t) * BLOCK + at];
+                    let numbers = &head.numbers[block];
+                    let low = plane_sum([sums[i], sums[rows.len() + i]]) - 7.5 * factors.sum;
+                    let scale = f64::from(numbers.scale[at]) * factors.scale;
+                    let middle = coarse + (low * scale) as f32;
+                    *out = upper(middle, factors.error(numbers, &numbers.fine, at));
+                }
+            }
+        });
+        let mut uppers = self.logits.iter();
+        self.rows.retain(|_| uppers.next().is_some_and(|&upper| upper >= threshold));
+    }
+
+    /// The exact logits of `rows`.
+    fn score(&mut self, kernels: Kernels, split: Split, exact: DenseRows<'_>, h: &[f32]) {
+        self.counts.scored += self.rows.len() as u64;
+        self.logits.resize(self.rows.len(), 0.0);
+        let cols = h.len();
         let item = (Rows(&self.rows[..], 1), RowsMut(&mut self.logits[..], 1));
         split.rows(self.rows.len() * cols * 2, self.rows.len(), item, &|_, (rows, logits)| {
             let mut logits = logits.0;
@@ -340,74 +406,32 @@ impl Top {
                 logits = rest;
             }
         });
-        self.best.clear();
-        let scored = self.rows.iter().zip(&self.logits);
-        self.best.extend(scored.map(|(&token, &logit)| TokenLogit { token, logit }));
-        self.rank(k);
     }
 
-    /// Lower and upper bounds of every logit.
-    fn bound(&mut self, kernels: Kernels, split: Split, head: &Int8Head) {
-        let vocab = head.len();
-        self.lower.resize(vocab, 0.0);
-        self.upper.resize(vocab, 0.0);
-        let activation = &self.activation;
-        let blocks = vocab.div_ceil(BLOCK);
-        let item = Bounds { lower: &mut self.lower, upper: &mut self.upper };
-        split.rows(head.bytes.len(), blocks, item, &|first, bounds: Bounds<'_>| {
-            let first = first * BLOCK;
-            let outs = bounds.lower.chunks_mut(BLOCK).zip(bounds.upper.chunks_mut(BLOCK));
-            for (i, (lower, upper)) in outs.enumerate() {
-                let start = first + i * BLOCK;
-                bound_block(kernels, head, activation, start, lower, upper);
-            }
-        });
+    /// Before the searches of a step.
+    fn begin(&mut self) {
+        self.found.clear();
+        self.bad = None;
     }
 
-    /// Every row that can be one of the best `k`.
-    fn select(&mut self, k: usize) {
-        let vocab = self.lower.len();
-        let threshold = match k {
-            0 => f32::INFINITY,
-            1 => largest(&self.lower),
-            k if k >= vocab => f32::NEG_INFINITY,
-            k => {
-                self.ranked.clear();
-                self.ranked.extend_from_slice(&self.lower);
-                *self.ranked.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
-            }
-        };
-        self.rows.clear();
-        for (block, upper) in self.upper.chunks(BLOCK).enumerate() {
-            let reach = upper.iter().fold(false, |any, &u| any | (u >= threshold));
-            if reach {
-                let rows = ((block * BLOCK) as u32..).zip(upper);
-                self.rows.extend(rows.filter(|(_, u)| **u >= threshold).map(|(row, _)| row));
-            }
-        }
-    }
-
-    /// Leaves the best `k` of the candidates, in order.
+    /// Adds the best `k` of the candidates to what was found, in order.
     fn rank(&mut self, k: usize) {
         let order = |a: &TokenLogit, b: &TokenLogit| {
             let by_logit = b.logit.partial_cmp(&a.logit).unwrap_or(Ordering::Equal);
             by_logit.then(a.token.cmp(&b.token))
         };
-        self.bad = self.best.iter().find(|t| beats(t.logit, f32::MAX)).copied();
-        if self.bad.is_some() {
-            return;
+        let mut bad = self.best.iter().find(|t| beats(t.logit, f32::MAX)).copied();
+        if bad.is_none() {
+            if k > 0 && k < self.best.len() {
+                self.best.select_nth_unstable_by(k - 1, order);
+            }
+            self.best.truncate(k);
+            self.best.sort_unstable_by(order);
+            // A best logit that is no number to choose by.
+            bad = self.best.first().filter(|t| !t.logit.is_finite()).copied();
         }
-        if k > 0 && k < self.best.len() {
-            self.best.select_nth_unstable_by(k - 1, order);
-        }
-        self.best.truncate(k);
-        self.best.sort_unstable_by(order);
-        self.refuse();
-    }
-
-    /// A best logit that is no number to choose by.
-    fn refuse(&mut self) {
-        self.bad = self.best.first().filter(|t| !t.logit.is_finite()).copied();
+        self.bad = self.bad.or(bad);
+        self.found.extend_from_slice(&self.best);
     }
 }
 
@@ -416,62 +440,96 @@ fn beats(a: f32, b: f32) -> bool {
     a > b || (a.is_nan() && !b.is_nan())
 }
 
-/// Bounds of whole blocks of rows.
-struct Bounds<'a> {
-    lower: &'a mut [f32],
-    upper: &'a mut [f32],
+/// The upper bound; ∞ where nothing is known.
+fn upper(middle: f32, error: f32) -> f32 {
+    let upper = middle + error;
+    // Without a bound the middle is -∞, or the error ∞.
+    if middle > f32::NEG_INFINITY && upper < f32::INFINITY { upper } else { f32::INFINITY }
 }
 
-impl crate::parallel::Divide for Bounds<'_> {
-    fn divide(self, blocks: usize, _: usize) -> (Self, Self) {
-        let (lower, lower_rest) = self.lower.split_at_mut(blocks * BLOCK);
-        let (upper, upper_rest) = self.upper.split_at_mut(blocks * BLOCK);
-        (Self { lower, upper }, Self { lower: lower_rest, upper: upper_rest })
-    }
+/// The middles of a block's rows; `at` is (block, t, T).
+fn block_middles<'a>(
+    middles: &'a [f32],
+    head: &NestedHead,
+    (block, t, tokens): (usize, usize, usize),
+) -> &'a [f32] {
+    let rows = BLOCK.min(head.vocab - block * BLOCK);
+    &middles[(block * tokens + t) * BLOCK..][..rows]
 }
 
-/// The bounds of the rows from `start` on.
-fn bound_block(
+/// `Σ u·p` from the sums of both planes of p: exact in f64.
+fn plane_sum([high, low]: [i32; 2]) -> f64 {
+    f64::from(high) * 256.0 + f64::from(low)
+}
+
+/// The middles `[T, BLOCK]` and reaches `[T]` of a block.
+fn scan_block(
     kernels: Kernels,
-    head: &Int8Head,
-    x: &Activation,
-    start: usize,
-    lower: &mut [f32],
-    upper: &mut [f32],
+    head: &NestedHead,
+    activations: &Activations,
+    full: bool,
+    block: usize,
+    middles: &mut [f32],
+    reaches: &mut [Reach],
 ) {
-    let rows = lower.len();
-    let mut sums = [0i32; 2 * BLOCK];
-    let sums = &mut sums[..2 * rows];
-    let w = Int8Rows { cols: head.cols, bytes: &head.bytes };
-    let w = w.rows(start, start + rows);
-    kernels.int8_sums(w, x.planes.view(), MatMut::new(sums, 2, rows));
-    let (high, low) = sums.split_at(rows);
-    let scales = &head.scales[start..start + rows];
-    let errors = &head.errors[start..start + rows];
-    let norms = &head.norms[start..start + rows];
-    for i in 0..rows {
-        // 256 · 2^31 + 2^31 is exact in f64.
-        let sum = f64::from(high[i]) * 256.0 + f64::from(low[i]);
-        let approximate = (sum * (f64::from(scales[i]) * x.scale)) as f32;
-        // The smallest normal number covers all that may be lost below it.
-        let rest = errors[i] * x.of_error + scales[i] * x.of_scale;
-        let error = rest + norms[i] * x.of_norm + f32::MIN_POSITIVE;
-        let safe = error <= SAFE && norms[i] * x.norm <= SAFE;
-        lower[i] = if safe { approximate - error } else { f32::NEG_INFINITY };
-        upper[i] = if safe { approximate + error } else { f32::INFINITY };
-    }
-}
-
-/// The largest of numbers, sixteen at a time.
-fn largest(x: &[f32]) -> f32 {
-    let (chunks, rest) = x.as_chunks::<16>();
-    let mut lanes = [f32::NEG_INFINITY; 16];
-    for chunk in chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane = if x > *lane { x } else { *lane };
+    let (start, valid) = (block * BLOCK, BLOCK.min(head.vocab - block * BLOCK));
+    let mut high = [0i32; 2 * TOGETHER * BLOCK];
+    let mut low = [0i32; 2 * TOGETHER * BLOCK];
+    let outs = middles.chunks_mut(TOGETHER * BLOCK).zip(reaches.chunks_mut(TOGETHER));
+    for (i, (middles, reaches)) in outs.enumerate() {
+        let (first, tokens) = (i * TOGETHER, reaches.len());
+        let planes = activations.planes(first, first + tokens);
+        let scan = |w: Int4Rows<'_>, sums: &mut [i32]| {
+            let out = MatMut::new(&mut sums[..2 * tokens * BLOCK], 2 * tokens, BLOCK);
+            kernels.int4_sums(w.rows(start, start + BLOCK), planes, out);
+        };
+        scan(head.high(), &mut high);
+        if full {
+            scan(head.low(), &mut low);
+        }
+        let high = high.as_chunks::<BLOCK>().0.as_chunks::<2>().0;
+        let low = low.as_chunks::<BLOCK>().0.as_chunks::<2>().0;
+        let outs = middles.as_chunks_mut::<BLOCK>().0.iter_mut().zip(reaches);
+        for (t, (middles, reach)) in outs.enumerate() {
+            let factors = activations.factors(first + t);
+            let low = full.then_some(&low[t]);
+            *reach = bound_block(&head.numbers[block], factors, &high[t], low, middles, valid);
         }
     }
-    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+}
+
+/// The middles of a block and how far they reach, from the sums of both planes of
+/// an activation with the upper bits, and with the lower ones where they were read.
+fn bound_block(
+    numbers: &Numbers,
+    factors: &Factors,
+    high: &[[i32; BLOCK]; 2],
+    low: Option<&[[i32; BLOCK]; 2]>,
+    middles: &mut [f32; BLOCK],
+    valid: usize,
+) -> Reach {
+    let errors = factors.errors(numbers, numbers.of(low.is_some()));
+    // Bytes are 16·high + low - 127.5; without low, in the middle of their sixteen.
+    let mut sums = [0.0f64; BLOCK];
+    for i in 0..BLOCK {
+        sums[i] = 16.0 * plane_sum([high[0][i], high[1][i]]) - 120.0 * factors.sum;
+    }
+    if let Some(low) = low {
+        for i in 0..BLOCK {
+            sums[i] += plane_sum([low[0][i], low[1][i]]) - 7.5 * factors.sum;
+        }
+    }
+    for i in 0..BLOCK {
+        let middle = (sums[i] * (f64::from(numbers.scale[i]) * factors.scale)) as f32;
+        middles[i] = if errors[i] < f32::INFINITY { middle } else { f32::NEG_INFINITY };
+    }
+    let mut reach = Reach { middle: f32::NEG_INFINITY, upper: f32::NEG_INFINITY };
+    for (&middle, &error) in middles[..valid].iter().zip(&errors) {
+        let upper = upper(middle, error);
+        reach.middle = if middle > reach.middle { middle } else { reach.middle };
+        reach.upper = if upper > reach.upper { upper } else { reach.upper };
+    }
+    reach
 }
 
 #[cfg(test)]
@@ -496,44 +554,66 @@ mod tests {
         all.first().is_some_and(|t| t.logit.is_finite()).then_some(all)
     }
 
-    fn check(rows: DenseRows<'_>, h: &[f32]) -> usize {
+    fn bits(found: Option<Vec<TokenLogit>>) -> Option<Vec<(u32, u32)>> {
+        found.map(|t| t.iter().map(|t| (t.token, t.logit.to_bits())).collect())
+    }
+
+    /// Every logit lies between the bounds that a scan gave.
+    fn check_bounds(top: &Top, head: &NestedHead, full: bool, t: usize, logits: &[f32]) {
+        let (tokens, factors) = (top.activations.len(), top.activations.factors(t));
+        for (row, &x) in logits.iter().enumerate() {
+            let (block, i) = (row / BLOCK, row % BLOCK);
+            let middle = top.middles[(block * tokens + t) * BLOCK + i];
+            let numbers = &head.numbers[block];
+            let error = factors.error(numbers, numbers.of(full), i);
+            let inside = middle - error <= x && x <= middle + error;
+            assert!(
+                inside || x.is_nan() || upper(middle, error) == f32::INFINITY,
+                "row {row}: {x} is not within {error} of {middle}"
+            );
+            assert!(x.is_nan() || x <= top.reaches[block * tokens + t].upper, "row {row}");
+        }
+    }
+
+    /// Checks every mode, instruction set and some k; returns the rows that the modes
+    /// [int8, int4] scored exactly for k = 1, and those that int4 refined.
+    fn check(rows: DenseRows<'_>, h: &[f32]) -> [u64; 3] {
         let vocab = rows.len() / h.len();
         let mut logits = vec![0.0; vocab];
         Kernels::detect().dense_matvec(rows, h, &mut logits);
-        let mut candidates = 0;
+        let mut read = [0; 3];
         for threads in [1, 3] {
             let workers = Workers::new(threads).unwrap();
-            let head = workers.run(usize::MAX, |split| Int8Head::new(rows, h.len(), split));
+            let head = workers.run(usize::MAX, |split| NestedHead::new(rows, h.len(), split));
             for kernels in Kernels::all() {
-                for k in [1, 2, 7, vocab, vocab + 1] {
-                    let mut top = Top::new(HeadMode::Int8Exact);
-                    workers.run(usize::MAX, |split| top.search(kernels, split, rows, &head, h, k));
-                    for (i, &x) in logits.iter().enumerate() {
-                        let inside = top.lower[i] <= x && x <= top.upper[i];
-                        assert!(
-                            inside || x.is_nan(),
-                            "{x} not in {}..{}",
-                            top.lower[i],
-                            top.upper[i]
-                        );
-                    }
-                    let found = top.result().ok().map(<[TokenLogit]>::to_vec);
-                    let bits = |t: Option<Vec<TokenLogit>>| {
-                        t.map(|t| {
-                            t.iter().map(|t| (t.token, t.logit.to_bits())).collect::<Vec<_>>()
-                        })
-                    };
+                for k in [0, 1, 2, 7, vocab, vocab + 1] {
                     let want = bits(full(rows, h, k));
-                    assert_eq!(bits(found), want, "{}, k {k}", kernels.name());
-                    candidates = if k == 1 { top.rows.len() } else { candidates };
+                    for (i, mode) in [HeadMode::Int8Exact, HeadMode::Int4Exact].iter().enumerate() {
+                        let mut top = Top::new(*mode);
+                        workers
+                            .run(usize::MAX, |split| top.search(kernels, split, rows, &head, h, k));
+                        check_bounds(&top, &head, i == 0, 0, &logits);
+                        let found = bits(top.result().ok().map(<[TokenLogit]>::to_vec));
+                        if k > 0 {
+                            assert_eq!(found, want, "{mode:?}, {}, k {k}", kernels.name());
+                        }
+                        let counts = top.counts();
+                        assert_eq!((counts.searches, counts.full_scans), (1, 1 - i as u64));
+                        if k == 1 {
+                            read[i] = counts.scored;
+                            read[2] = counts.refined;
+                        }
+                    }
                     let mut stored = Top::new(HeadMode::Stored);
-                    stored.of_logits(&logits, k);
-                    let found = stored.result().ok().map(<[TokenLogit]>::to_vec);
-                    assert_eq!(bits(found), want, "all logits, k {k}");
+                    stored.of_logits(&logits, vocab, k);
+                    let found = bits(stored.result().ok().map(<[TokenLogit]>::to_vec));
+                    if k > 0 {
+                        assert_eq!(found, want, "all logits, k {k}");
+                    }
                 }
             }
         }
-        candidates
+        read
     }
 
     /// A head with everything that is hard: nearly equal rows, equal rows, zero,
@@ -578,20 +658,104 @@ mod tests {
             cols in 1usize..200,
             seed: u64,
             kind in 0u8..8,
+            near in prop_oneof![Just(None), (0.0f32..1.0).prop_map(Some)],
         ) {
-            let (w, h) = head(vocab, cols, seed, kind);
+            let (w, mut h) = head(vocab, cols, seed, kind);
+            if let Some(cosine) = near {
+                let row = seed as usize / 7 % vocab;
+                towards(&w[row * cols..][..cols], cosine, &mut h);
+            }
             check(DenseRows::F16(&w), &h);
         }
+
+        #[test]
+        fn searches_together_are_those_alone(
+            vocab in 1usize..200,
+            cols in 1usize..150,
+            tokens in 1usize..20,
+            k in 1usize..5,
+            seed: u64,
+        ) {
+            let (w, _) = head(vocab, cols, seed, (seed % 8) as u8);
+            let hs: Vec<f32> = (0..tokens as u64)
+                .flat_map(|t| head(1, cols, seed ^ t, (t % 2) as u8).1)
+                .collect();
+            let rows = DenseRows::F16(&w);
+            let workers = Workers::new(2).unwrap();
+            let head = workers.run(usize::MAX, |split| NestedHead::new(rows, cols, split));
+            for mode in [HeadMode::Int8Exact, HeadMode::Int4Exact] {
+                let mut top = Top::new(mode);
+                let kernels = Kernels::detect();
+                // Again and again, so that every way of scanning is met.
+                for _ in 0..3 {
+                    workers
+                        .run(usize::MAX, |split| top.search(kernels, split, rows, &head, &hs, k));
+                    let found = top.result().ok().map(<[TokenLogit]>::to_vec);
+                    let alone: Option<Vec<Vec<TokenLogit>>> =
+                        hs.chunks_exact(cols).map(|h| full(rows, h, k)).collect();
+                    prop_assert_eq!(bits(found), bits(alone.map(|t| t.concat())), "{:?}", mode);
+                }
+                prop_assert_eq!(top.counts().searches, 3 * tokens as u64);
+            }
+        }
+    }
+
+    /// Turns `h` so that its cosine with a row is as given; nothing for a row of zeros.
+    fn towards(row: &[f16], cosine: f32, h: &mut [f32]) {
+        let row: Vec<f32> = row.iter().map(|x| x.to_f32()).collect();
+        let square: f32 = row.iter().map(|x| x * x).sum();
+        let along: f32 = row.iter().zip(&*h).map(|(a, b)| a * b).sum();
+        if square == 0.0 || row.len() < 2 {
+            return;
+        }
+        h.iter_mut().zip(&row).for_each(|(h, w)| *h -= along / square * w);
+        let norm: f32 = h.iter().map(|x| x * x).sum::<f32>().sqrt();
+        let sine = (1.0 - cosine * cosine).sqrt() * 10.0 / norm;
+        h.iter_mut()
+            .zip(&row)
+            .for_each(|(h, w)| *h = *h * sine + w / square.sqrt() * cosine * 10.0);
     }
 
     #[test]
     fn few_rows_are_scored() {
-        // Without and with an outlier.
+        // Without and with an outlier, of a winner that does not stand out.
         for kind in [0, 1] {
             let (w, h) = head(4000, 640, 5, kind);
-            let candidates = check(DenseRows::F16(&w), &h);
-            assert!((1..40).contains(&candidates), "{candidates} of 4000 rows");
+            let [int8, int4, refined] = check(DenseRows::F16(&w), &h);
+            assert!((2..100).contains(&int8), "int8: {int8} of 4000 rows");
+            assert!((2..100).contains(&int4), "int4: {int4} of 4000 rows");
+            assert!((20..2000).contains(&refined), "{refined} of 4000 rows");
         }
+        // And of one that does.
+        let (w, mut h) = head(4000, 640, 5, 0);
+        towards(&w[123 * 640..][..640], 0.5, &mut h);
+        let read = check(DenseRows::F16(&w), &h);
+        // The winner, to find the threshold and as the only row above it.
+        assert_eq!(read, [2, 2, 1]);
+    }
+
+    #[test]
+    fn where_four_bits_are_too_few_eight_are_read_for_a_while() {
+        // Four of five rows are the same.
+        let (w, _) = head(1000, 64, 5, 2);
+        let row =
+            |row: usize| -> Vec<f32> { w[row * 64..][..64].iter().map(|x| x.to_f32()).collect() };
+        let (rows, workers) = (DenseRows::F16(&w), Workers::new(1).unwrap());
+        let head = workers.run(usize::MAX, |split| NestedHead::new(rows, 64, split));
+        let mut top = Top::new(HeadMode::Int4Exact);
+        let mut full_scans = |h: &[f32], searches: u64| {
+            let before = top.counts();
+            for _ in 0..searches {
+                let kernels = Kernels::detect();
+                workers.run(usize::MAX, |split| top.search(kernels, split, rows, &head, h, 1));
+                assert_eq!(bits(top.result().ok().map(<[_]>::to_vec)), bits(full(rows, h, 1)));
+            }
+            top.counts().full_scans - before.full_scans
+        };
+        let (alone, alike) = (row(4), row(1));
+        assert_eq!(full_scans(&alone, 5), 0);
+        assert_eq!(full_scans(&alike, 64), 62);
+        assert_eq!(full_scans(&alone, 5), 0);
     }
 
     #[test]

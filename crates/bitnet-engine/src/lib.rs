@@ -49,7 +49,7 @@ pub use cache::KvType;
 pub use error::EngineError;
 pub use forward::TracePoint;
 pub use generate::{FinishReason, GenerateOptions, Generator, Stats};
-pub use head::{HeadMode, TokenLogit};
+pub use head::{HeadCounts, HeadMode, TokenLogit};
 pub use model::{ARCHITECTURE, Golden, LinearRef, LoadOptions, Model, Parts, Repack};
 pub use parallel::{Workers, physical_cores};
 pub use sampler::{Sampler, SamplerOptions};

@@ -12,7 +12,7 @@ use bitnet_kernels::{DenseRows, Kernels, TernaryRows, repack_row};
 use half::{bf16, f16};
 
 use crate::error::EngineError;
-use crate::head::Int8Head;
+use crate::head::NestedHead;
 use crate::load::{self, ALIGNMENT};
 use crate::parallel::{Rows, RowsMut, Split, Workers};
 use crate::tokenizer::Tokenizer;
@@ -39,8 +39,8 @@ pub(crate) struct Inner {
     pub(crate) map: Mmap,
     pub(crate) file: String,
     pub(crate) weights: Weights,
-    /// An int8 copy of the head, made for the first session that asks for it.
-    pub(crate) int8: OnceLock<Int8Head>,
+    /// A copy of the head in few bits, made for the first session that asks for it.
+    pub(crate) nested: OnceLock<NestedHead>,
     /// The ternary rows in layout P2, made for the first session whose instruction
     /// set reads those of the file badly.
     repacked: OnceLock<Repacked>,
@@ -188,7 +188,7 @@ impl Model {
             map,
             file,
             weights,
-            int8: OnceLock::new(),
+            nested: OnceLock::new(),
             repacked: OnceLock::new(),
         }));
         if options.verify {
@@ -448,11 +448,11 @@ impl Inner {
         self.dense(self.weights.head.as_ref().unwrap_or(&self.weights.embedding))
     }
 
-    /// The int8 copy of the head, made on these threads where there is none yet.
-    pub(crate) fn int8_head(&self, workers: &Workers) -> &Int8Head {
+    /// The copy of the head in few bits, made on these threads where there is none.
+    pub(crate) fn nested_head(&self, workers: &Workers) -> &NestedHead {
         let cols = self.weights.config.hidden_size;
-        let make = || workers.run(usize::MAX, |split| Int8Head::new(self.head(), cols, split));
-        self.int8.get_or_init(make)
+        let make = || workers.run(usize::MAX, |split| NestedHead::new(self.head(), cols, split));
+        self.nested.get_or_init(make)
     }
 
     pub(crate) fn dense(&self, tensor: &DenseTensor) -> DenseRows<'_> {

@@ -2,7 +2,7 @@
 //! an instruction set and the buffers, but no cache.
 
 use bitnet_core::rope;
-use bitnet_kernels::{INT8_MAX_COLS, Kernels};
+use bitnet_kernels::{INT4_MAX_COLS, Kernels};
 
 use crate::cache::{Heads, KvCache, Place};
 use crate::error::EngineError;
@@ -35,7 +35,7 @@ pub(crate) enum Output<'a> {
     Last(&'a mut [f32]),
     /// That, and the logits `[T, V]` of all tokens.
     All(&'a mut [f32]),
-    /// That, and the best tokens after the last one.
+    /// That, and the best tokens after every one.
     Top(&'a mut Top, usize),
 }
 
@@ -61,13 +61,13 @@ impl Runner {
             Some(kernels) => kernels,
             None => Kernels::from_env()?,
         };
-        if options.head == HeadMode::Int8Exact {
-            if config.hidden_size > INT8_MAX_COLS {
-                let why =
-                    format!("the hidden size {} is above {INT8_MAX_COLS}", config.hidden_size);
-                return Err(EngineError::Option { option: "head", value: "int8".into(), why });
+        if options.head != HeadMode::Stored {
+            if config.hidden_size > INT4_MAX_COLS {
+                let (value, size) = (options.head.name().to_owned(), config.hidden_size);
+                let why = format!("the hidden size {size} is above {INT4_MAX_COLS}; use stored");
+                return Err(EngineError::Option { option: "head", value, why });
             }
-            model.0.int8_head(&workers);
+            model.0.nested_head(&workers);
         }
         model.0.repack_for(kernels, &workers);
         Ok(Self {
@@ -134,7 +134,10 @@ impl Runner {
                     forward::logits(kernels, split, model, &buffers.h[last..], out);
                 }
                 Output::All(out) => forward::logits(kernels, split, model, &buffers.h, out),
-                Output::Top(top, k) => top.find(kernels, split, model, &buffers.h[last..], k),
+                Output::Top(top, k) => {
+                    let hs = &buffers.h[..tokens.len() * hidden];
+                    top.find(kernels, split, model, hs, k);
+                }
             }
         });
     }

@@ -1,7 +1,8 @@
 //! From logits to a token: penalty, temperature, filters, one random number.
 //!
-//! The filters and their order are those of Hugging Face's logits processors:
-//! repetition penalty, temperature, top-k, top-p, min-p. The same options, seed
+//! The filters are those of Hugging Face's logits processors: repetition penalty,
+//! temperature, top-k, top-p, min-p. Top-k comes before temperature here: the same
+//! tokens, whichever of them a division would have made equal. The same options, seed
 //! and logits give the same tokens on every machine.
 
 use std::cmp::Ordering;
@@ -11,6 +12,7 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 use crate::error::EngineError;
+use crate::head::TokenLogit;
 
 /// How tokens are chosen.
 #[derive(Debug, Clone, PartialEq)]
@@ -105,10 +107,16 @@ impl Sampler {
         &self.options
     }
 
-    /// Whether it takes the token of the largest logit, whatever came before.
+    /// How many of the largest logits decide, whatever came before; none where all
+    /// do, or where earlier tokens do.
     #[must_use]
-    pub fn is_greedy(&self) -> bool {
-        self.options.temperature == 0.0 && self.options.repetition_penalty == 1.0
+    pub fn needs_top(&self) -> Option<usize> {
+        let o = &self.options;
+        match (o.repetition_penalty == 1.0, o.temperature == 0.0, o.top_k) {
+            (true, true, _) => Some(1),
+            (true, false, 1..) => Some(o.top_k),
+            _ => None,
+        }
     }
 
     /// Chooses a token from `logits` `[V]`, after the tokens of `history`.
@@ -127,18 +135,37 @@ impl Sampler {
         if o.temperature == 0.0 {
             return Ok(argmax(&self.logits));
         }
-        // The largest becomes 0, so that no temperature takes it to infinity.
-        let max = self.logits.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-        self.logits.iter_mut().for_each(|x| *x = (*x - max) / o.temperature);
         self.candidates.clear();
         self.candidates.extend(self.logits.iter().zip(0..).map(|(&x, id)| (x, id)));
         top_k(&mut self.candidates, o.top_k);
+        Ok(self.draw())
+    }
+
+    /// The token that [`Sampler::sample`] chooses, from the
+    /// [`needs_top`](Sampler::needs_top) largest logits alone, as
+    /// [`crate::Session::decode_top`] finds them; 0 if there is none.
+    pub fn sample_top(&mut self, top: &[TokenLogit]) -> u32 {
+        if self.options.temperature == 0.0 || top.is_empty() {
+            return top.first().map_or(0, |t| t.token);
+        }
+        self.candidates.clear();
+        self.candidates.extend(top.iter().map(|t| (t.logit, t.token)));
+        self.candidates.sort_unstable_by_key(|c| c.1);
+        self.draw()
+    }
+
+    /// One of the candidates, which stand in the order of their ids.
+    fn draw(&mut self) -> u32 {
+        let o = &self.options;
+        // The largest becomes 0, so that no temperature takes it to infinity.
+        let max = self.candidates.iter().fold(f32::NEG_INFINITY, |m, c| m.max(c.0));
+        self.candidates.iter_mut().for_each(|c| c.0 = (c.0 - max) / o.temperature);
         to_probabilities(&mut self.candidates, &mut self.logits, self.kernels);
         top_p(&mut self.candidates, o.top_p);
         min_p(&mut self.candidates, o.min_p);
         // 53 random bits: a number in 0..1.
         let u = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        Ok(draw(&self.candidates, u))
+        draw(&self.candidates, u)
     }
 }
 
@@ -178,7 +205,10 @@ fn by_rank(a: &Candidate, b: &Candidate) -> Ordering {
 
 fn top_k(candidates: &mut Vec<Candidate>, k: usize) {
     if k > 0 && k < candidates.len() {
-        candidates.select_nth_unstable_by(k - 1, by_rank);
+        // The order of `decode_top`, to which -0 and 0 are equal.
+        candidates.select_nth_unstable_by(k - 1, |a, b| {
+            b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal).then(a.1.cmp(&b.1))
+        });
         candidates.truncate(k);
         // The order behind a selection is the library's affair; the draw's is ours.
         candidates.sort_unstable_by_key(|c| c.1);

@@ -5,7 +5,7 @@ use bitnet_kernels::Kernels;
 use crate::cache::{KvCache, KvType, Place};
 use crate::error::EngineError;
 use crate::forward::{self, Hook, TracePoint};
-use crate::head::{HeadMode, TokenLogit, Top};
+use crate::head::{HeadCounts, HeadMode, TokenLogit, Top};
 use crate::model::Model;
 use crate::parallel::{Workers, physical_cores};
 use crate::runner::{Output, Runner};
@@ -128,9 +128,9 @@ impl Session {
     /// Appends one token; returns the `k` most probable tokens after it with
     /// their logits, the best first and of equals the smaller id first.
     ///
-    /// They are the same, bit for bit, in every [`HeadMode`]. In mode
-    /// [`HeadMode::Int8Exact`] no other logits are made, and [`Session::logits`]
-    /// stay those of an earlier token.
+    /// They are the same, bit for bit, in every [`HeadMode`]. In a mode that scans
+    /// a copy of the head no other logits are made, and [`Session::logits`] stay
+    /// those of an earlier token.
     ///
     /// # Errors
     /// As [`Session::prefill`], or a logit that is NaN or infinite upwards, or
@@ -143,13 +143,47 @@ impl Session {
         if self.top.mode() == HeadMode::Stored {
             let output = Output::Last(&mut self.logits);
             self.runner.pass(cache, places, &[token], output, None);
-            self.top.of_logits(&self.logits, k);
+            self.top.of_logits(&self.logits, self.logits.len(), k);
         } else {
             let output = Output::Top(&mut self.top, k);
             self.runner.pass(cache, places, &[token], output, None);
         }
         self.tokens.push(token);
         self.top.result()
+    }
+
+    /// The `k` most probable tokens after a final hidden state `h` `[D]` (the
+    /// input of the head), found as [`Session::decode_top`] finds them. The
+    /// sequence does not change.
+    ///
+    /// # Errors
+    /// A hidden state that is not D long; logits as [`Session::decode_top`].
+    pub fn top_of_hidden(&mut self, h: &[f32], k: usize) -> Result<&[TokenLogit], EngineError> {
+        let model = &self.runner.model.0;
+        let config = &model.weights.config;
+        if h.len() != config.hidden_size {
+            let why = format!("the model's hidden size is {}", config.hidden_size);
+            let value = format!("{} elements", h.len());
+            return Err(EngineError::Option { option: "hidden state", value, why });
+        }
+        let (top, scored, kernels) = (&mut self.top, &mut self.scored, self.runner.kernels);
+        let vocab = config.vocab_size;
+        self.runner.workers.run(model.head().len(), |split| {
+            if top.mode() == HeadMode::Stored {
+                scored.resize(vocab.max(scored.len()), 0.0);
+                forward::logits(kernels, split, model, h, &mut scored[..vocab]);
+                top.of_logits(&scored[..vocab], vocab, k);
+            } else {
+                top.find(kernels, split, model, h, k);
+            }
+        });
+        self.top.result()
+    }
+
+    /// What the searches of [`Session::decode_top`] read so far.
+    #[must_use]
+    pub fn head_counts(&self) -> HeadCounts {
+        self.top.counts()
     }
 
     /// Appends tokens and calls `each` with the position in `tokens` and the

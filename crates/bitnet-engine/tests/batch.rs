@@ -7,7 +7,7 @@ mod common;
 use bitnet_core::ModelConfig;
 use bitnet_engine::{
     BatchSession, GenerateOptions, Generator, HeadMode, KvType, Sampler, SamplerOptions, Session,
-    SessionOptions,
+    SessionOptions, TokenLogit, TracePoint,
 };
 use common::{Random, RandomModel, bits, variants};
 
@@ -96,9 +96,6 @@ fn a_wrong_step_is_refused_and_changes_nothing() {
 
     let e = BatchSession::new(&model, &options, 0).unwrap_err().to_string();
     assert!(e.starts_with("sequences = 0"), "{e}");
-    let options = SessionOptions { head: HeadMode::Int8Exact, ..options };
-    let e = BatchSession::new(&model, &options, 2).unwrap_err().to_string();
-    assert!(e.starts_with("head = int8"), "{e}");
 }
 
 #[test]
@@ -110,9 +107,10 @@ fn the_best_tokens_are_those_of_all_logits() {
             Session::new(&model, &options).unwrap()
         };
         let mut full = session(HeadMode::Stored, 1);
-        let mut sessions =
-            [(1, HeadMode::Stored), (1, HeadMode::Int8Exact), (3, HeadMode::Int8Exact)]
-                .map(|(threads, head)| session(head, threads));
+        let mut sessions: Vec<Session> = HeadMode::ALL
+            .into_iter()
+            .flat_map(|head| [1, 3].map(|threads| session(head, threads)))
+            .collect();
         for (i, token) in Random(6).tokens(12, &config).into_iter().enumerate() {
             let logits = full.decode(token).unwrap();
             let mut ids: Vec<u32> = (0..config.vocab_size as u32).collect();
@@ -127,36 +125,96 @@ fn the_best_tokens_are_those_of_all_logits() {
                 }
             }
         }
-        assert!(sessions[1].decode_top(config.vocab_size as u32, 1).is_err());
-        assert_eq!(sessions[1].position(), 12);
+        let mut hidden = Vec::new();
+        full.trace(&[3], &mut |point| {
+            if let TracePoint::Final { x } = point {
+                hidden = x.to_vec();
+            }
+        })
+        .unwrap();
+        let want = sessions[0].decode_top(3, 2).unwrap().to_vec();
+        for s in &mut sessions[1..] {
+            assert!(s.decode_top(config.vocab_size as u32, 1).is_err());
+            assert_eq!(s.position(), 12);
+            // From the hidden state that the token would lead to.
+            assert_eq!(s.top_of_hidden(&hidden, 2).unwrap(), want, "{name}");
+            let e = s.top_of_hidden(&[1.0], 2).unwrap_err().to_string();
+            assert!(e.starts_with("hidden state = 1 elements: the model's hidden size"), "{e}");
+            let searches = if s.head() == HeadMode::Stored { 0 } else { 13 };
+            assert_eq!(s.head_counts().searches, searches, "{name}");
+        }
     }
 }
 
 #[test]
-fn greedy_text_is_the_same_in_both_head_modes() {
+fn the_best_tokens_of_a_batch_are_those_of_each_alone() {
+    let config = large();
+    let (model, _dir) = RandomModel::new(&config, 43).open();
+    for head in HeadMode::ALL {
+        for threads in [1, 3] {
+            let options = SessionOptions { head, threads: Some(threads), ..Default::default() };
+            let mut batch = BatchSession::new(&model, &options, 11).unwrap();
+            assert_eq!(batch.head(), head);
+            let alone = SessionOptions { head: HeadMode::Stored, ..options };
+            let mut alone: Vec<Session> =
+                (0..11).map(|_| Session::new(&model, &alone).unwrap()).collect();
+            let mut random = Random(9);
+            for (take, k) in [(1, 1), (11, 1), (3, 40), (9, 2), (11, 1000)] {
+                let steps: Vec<(usize, u32)> =
+                    (0..take).map(|i| (i * 5 % 11, random.tokens(1, &config)[0])).collect();
+                let want: Vec<TokenLogit> = steps
+                    .iter()
+                    .flat_map(|&(i, token)| alone[i].decode_top(token, k).unwrap().to_vec())
+                    .collect();
+                assert_eq!(batch.decode_top(&steps, k).unwrap(), want, "{head:?}, {take}, {k}");
+            }
+            // All logits are there to be had in every mode.
+            let want = bits(alone[4].decode(7).unwrap());
+            assert_eq!(bits(batch.decode(&[(4, 7)]).unwrap()), want);
+            assert_eq!(batch.head_counts().searches, u64::from(head != HeadMode::Stored) * 35);
+            assert!(batch.decode_top(&[(0, 1), (0, 2)], 1).is_err());
+        }
+    }
+}
+
+#[test]
+fn text_is_the_same_in_every_head_mode() {
     let config = ModelConfig { tie_word_embeddings: false, ..ModelConfig::tiny() };
     let (model, _dir) = RandomModel::new(&config, 77).open();
     let tokenizer = model.tokenizer().unwrap();
-    for repetition_penalty in [1.0, 1.3] {
+    let greedy = SamplerOptions::default();
+    let sampled = SamplerOptions { temperature: 0.9, seed: 5, ..greedy.clone() };
+    for (sampling, by_scan) in [
+        (greedy.clone(), true),
+        (SamplerOptions { repetition_penalty: 1.3, ..greedy }, false),
+        (SamplerOptions { top_k: 5, ..sampled.clone() }, true),
+        (SamplerOptions { top_k: 40, top_p: 0.8, min_p: 0.01, ..sampled.clone() }, true),
+        (SamplerOptions { top_k: 5, repetition_penalty: 1.3, ..sampled.clone() }, false),
+        (SamplerOptions { top_k: 100_000, ..sampled.clone() }, true),
+        (SamplerOptions { top_p: 0.8, ..sampled }, false),
+    ] {
         let run = |head| {
             let options = SessionOptions { head, threads: Some(1), ..Default::default() };
             let mut session = Session::new(&model, &options).unwrap();
             assert_eq!(session.head(), head);
-            let options = SamplerOptions { repetition_penalty, ..Default::default() };
-            let sampler = Sampler::new(options).unwrap();
+            let sampler = Sampler::new(sampling.clone()).unwrap();
             let options =
                 GenerateOptions { max_tokens: 40, ignore_eos: true, ..Default::default() };
             let mut g =
                 Generator::new(&mut session, &tokenizer, sampler, &[5, 6], &options).unwrap();
             assert!(g.by_ref().all(|piece| piece.is_ok()));
-            g.tokens().to_vec()
+            let tokens = g.tokens().to_vec();
+            (tokens, session.head_counts().searches)
         };
-        let want = run(HeadMode::Stored);
-        assert_eq!(want.len(), 40);
-        assert_eq!(run(HeadMode::Int8Exact), want);
+        let (want, searches) = run(HeadMode::Stored);
+        assert_eq!((want.len(), searches), (40, 0));
+        for head in [HeadMode::Int8Exact, HeadMode::Int4Exact] {
+            // The first token comes from the logits of the prompt.
+            assert_eq!(run(head), (want.clone(), if by_scan { 39 } else { 0 }), "{sampling:?}");
+        }
     }
-    for mode in [HeadMode::Stored, HeadMode::Int8Exact] {
+    for mode in HeadMode::ALL {
         assert_eq!(HeadMode::from_name(mode.name()), Some(mode));
     }
-    assert_eq!(HeadMode::from_name("int4"), None);
+    assert_eq!(HeadMode::from_name("int5"), None);
 }

@@ -285,7 +285,7 @@ impl<'a> Run<'a> {
                     HeadMode::Stored => {
                         tokens.iter().try_for_each(|&token| session.decode(token).map(|_| ()))
                     }
-                    HeadMode::Int8Exact => {
+                    HeadMode::Int8Exact | HeadMode::Int4Exact => {
                         tokens.iter().try_for_each(|&t| session.decode_top(t, 1).map(|_| ()))
                     }
                 })?

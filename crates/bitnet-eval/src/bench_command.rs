@@ -68,6 +68,7 @@ pub(crate) struct BenchArgs {
 enum HeadArg {
     Stored,
     Int8,
+    Int4,
 }
 
 impl BenchArgs {
@@ -91,6 +92,7 @@ impl BenchArgs {
                 head: match self.head {
                     HeadArg::Stored => HeadMode::Stored,
                     HeadArg::Int8 => HeadMode::Int8Exact,
+                    HeadArg::Int4 => HeadMode::Int4Exact,
                 },
                 ..self.run.session(None)
             },

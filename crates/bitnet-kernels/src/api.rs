@@ -10,7 +10,6 @@ use crate::attention::{
 use crate::dense::{self, DenseRows};
 use crate::float;
 use crate::int4_rows::{self, Int4Rows};
-use crate::int8_rows::{self, INT8_MAX_COLS, Int8Rows};
 use crate::isa::{Kernels, dispatch};
 use crate::mat::MatMut;
 use crate::product;
@@ -243,27 +242,12 @@ impl Kernels {
         dispatch!(self, _isa => attention::store_int8(head, position, key, value));
     }
 
-    /// Exact sums of int8 rows and int8 vectors:
-    /// `out[t, n] = Σ_k w[n, k] · q[t, k]`.
-    ///
-    /// # Panics
-    /// If the shapes do not fit: `out` is `[tokens, rows]`, the columns at most
-    /// [`INT8_MAX_COLS`], and the vectors are zero behind them.
-    pub fn int8_sums(self, w: Int8Rows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
-        assert_eq!((out.rows(), out.cols()), (x.len(), w.len()), "[tokens, rows]");
-        assert!(w.cols <= INT8_MAX_COLS, "{} columns", w.cols);
-        assert_eq!(w.bytes.len(), w.len() * Int8Rows::stride(w.cols), "whole int8 rows");
-        assert!(x.stride >= Int8Rows::stride(w.cols), "vectors are padded to whole blocks");
-        assert!(x.q.len() >= x.len() * x.stride && x.sums.len() >= x.len(), "vectors");
-        dispatch!(self, isa => int8_rows::product(isa, w, x, out));
-    }
-
     /// Exact sums of 4-bit rows and int8 vectors:
     /// `out[t, n] = Σ_k w[n, k] · q[t, k]`, with w in 0..=15.
     ///
     /// # Panics
     /// If the shapes do not fit: `out` is `[tokens, rows]`, the columns at most
-    /// [`INT8_MAX_COLS`], and the vectors are zero behind them.
+    /// [`crate::INT4_MAX_COLS`], and the vectors are zero behind them.
     pub fn int4_sums(self, w: Int4Rows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
         assert_eq!((out.rows(), out.cols()), (x.len(), w.len()), "[tokens, rows]");
         w.check(&x);

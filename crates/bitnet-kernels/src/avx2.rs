@@ -253,20 +253,6 @@ implement!(Avx2 {
         })
     }
 
-    // `vpmaddubsw` would saturate at 255 · 127 · 2: widened to i16 nothing does.
-    #[inline(always)]
-    fn dot_bytes(self, sums: Self::Sums, w: Self::Bytes, acts: Self::Bytes) -> Self::Sums {
-        both!(i => {
-            let low_w = op!(self, _mm256_cvtepu8_epi16(_mm256_castsi256_si128(w[i])));
-            let high_w = op!(self, _mm256_cvtepu8_epi16(_mm256_extracti128_si256::<1>(w[i])));
-            let low_q = op!(self, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(acts[i])));
-            let high_q = op!(self, _mm256_cvtepi8_epi16(_mm256_extracti128_si256::<1>(acts[i])));
-            let low = op!(self, _mm256_madd_epi16(low_w, low_q));
-            let high = op!(self, _mm256_madd_epi16(high_w, high_q));
-            op!(self, _mm256_add_epi32(sums[i], _mm256_add_epi32(low, high)))
-        })
-    }
-
     // A pair is at most 15 · 128 · 2 = 3840, which an i16 holds.
     #[inline(always)]
     fn dot_nibbles(self, sums: Self::Sums, w: Self::Bytes, acts: Self::Bytes) -> Self::Sums {
@@ -323,7 +309,7 @@ implement!(AvxVnni {
     }
 
     #[inline(always)]
-    fn dot_bytes(self, sums: Self::Sums, w: Self::Bytes, acts: Self::Bytes) -> Self::Sums {
+    fn dot_nibbles(self, sums: Self::Sums, w: Self::Bytes, acts: Self::Bytes) -> Self::Sums {
         both!(i => op!(self, _mm256_dpbusd_avx_epi32(sums[i], w[i], acts[i])))
     }
 

@@ -108,7 +108,7 @@ macro_rules! implement {
             }
 
             #[inline(always)]
-            fn dot_bytes(self, sums: __m512i, w: __m512i, acts: __m512i) -> __m512i {
+            fn dot_nibbles(self, sums: __m512i, w: __m512i, acts: __m512i) -> __m512i {
                 op!(self, _mm512_dpbusd_epi32(sums, w, acts))
             }
 

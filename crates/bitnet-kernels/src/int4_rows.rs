@@ -2,10 +2,12 @@
 //! scored exactly afterwards. Sums are exact, so every instruction set gives the
 //! same ones.
 
-use crate::int8_rows::INT8_MAX_COLS;
 use crate::mat::MatMut;
 use crate::simd::{Simd, array};
 use crate::ternary::TokensRef;
+
+/// Most columns: 2^16 products of at most 15 · 128 stay below 2^27.
+pub const INT4_MAX_COLS: usize = 1 << 16;
 
 /// Columns of a block of 64 bytes.
 const BLOCK: usize = 128;
@@ -23,7 +25,7 @@ const PREFETCH_BYTES: usize = 4096;
 /// column `128b + 64 + j` in its high half.
 #[derive(Debug, Clone, Copy)]
 pub struct Int4Rows<'a> {
-    /// Columns, without padding; at most [`INT8_MAX_COLS`].
+    /// Columns, without padding; at most [`INT4_MAX_COLS`].
     pub cols: usize,
     /// Whole rows of [`Int4Rows::stride`] bytes; the padding may be any value.
     pub bytes: &'a [u8],
@@ -61,7 +63,7 @@ impl<'a> Int4Rows<'a> {
     /// What every product of `tokens` with them relies on.
     pub(crate) fn check(&self, x: &TokensRef<'_>) {
         let stride = Self::stride(self.cols);
-        assert!(self.cols <= INT8_MAX_COLS, "{} columns", self.cols);
+        assert!(self.cols <= INT4_MAX_COLS, "{} columns", self.cols);
         assert_eq!(self.bytes.len(), self.len() * stride, "whole 4-bit rows");
         assert!(x.stride >= 2 * stride, "vectors are padded to whole blocks");
         assert!(x.q.len() >= x.len() * x.stride, "vectors");

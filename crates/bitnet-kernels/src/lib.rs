@@ -26,7 +26,6 @@ mod float;
 #[cfg(feature = "gemm")]
 mod gemm;
 mod int4_rows;
-mod int8_rows;
 mod isa;
 mod limits;
 mod mat;
@@ -47,8 +46,7 @@ pub use attention::{
 pub use dense::DenseRows;
 #[cfg(feature = "gemm")]
 pub use gemm::{MatRef, gemm};
-pub use int4_rows::Int4Rows;
-pub use int8_rows::{INT8_MAX_COLS, Int8Rows};
+pub use int4_rows::{INT4_MAX_COLS, Int4Rows};
 pub use isa::{IsaError, Kernels, required_isas_missing};
 pub use mat::MatMut;
 pub use quantize::repack_row;

@@ -95,25 +95,19 @@ pub(crate) trait Simd: Copy {
     /// The sums of a quad, spread over sixteen lanes in any way.
     fn quad_sums(self, quad: Self::Quad) -> Self::Sums;
 
-    /// Adds the 64 products of unsigned and signed bytes, spread over the lanes in
-    /// any way. No lane may leave the range of i32: 2^16 columns do not.
-    #[inline(always)]
-    fn dot_bytes(self, sums: Self::Sums, w: Self::Bytes, acts: Self::Bytes) -> Self::Sums {
-        let (w, acts) = (self.bytes(w), self.bytes(acts));
-        let mut lanes = [0i32; 16];
-        for i in 0..64 {
-            lanes[i % 16] += i32::from(w[i]) * i32::from(acts[i] as i8);
-        }
-        self.add_sums(sums, self.load_sums(&lanes))
-    }
-
     /// The low and the high half of every byte.
     fn nibbles(self, v: Self::Bytes) -> [Self::Bytes; 2];
 
-    /// [`Simd::dot_bytes`] of bytes that are at most 15.
+    /// Adds the 64 products of bytes that are at most 15 and signed ones, spread
+    /// over the lanes in any way.
     #[inline(always)]
     fn dot_nibbles(self, sums: Self::Sums, w: Self::Bytes, acts: Self::Bytes) -> Self::Sums {
-        self.dot_bytes(sums, w, acts)
+        let (w, acts) = (self.bytes(w), self.bytes(acts));
+        let mut lanes = [0i32; 16];
+        for i in 0..64 {
+            lanes[i % 16] += i32::from(i16::from(w[i]) * i16::from(acts[i] as i8));
+        }
+        self.add_sums(sums, self.load_sums(&lanes))
     }
 
     /// Sixteen zeros.

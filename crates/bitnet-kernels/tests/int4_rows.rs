@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use bitnet_kernels::{INT8_MAX_COLS, Int4Rows, Kernels, MatMut, QuantizedTokens};
+use bitnet_kernels::{INT4_MAX_COLS, Int4Rows, Kernels, MatMut, QuantizedTokens};
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -70,7 +70,7 @@ proptest! {
 
 #[test]
 fn the_extremes_do_not_overflow() {
-    for cols in [64, 2560, INT8_MAX_COLS] {
+    for cols in [64, 2560, INT4_MAX_COLS] {
         for w in [0, 15] {
             for q in [-128, 127] {
                 check(cols, &vec![w; 2 * cols], &vec![q; 2 * cols], &[1, 0, 1]);

@@ -4,7 +4,7 @@
 use bitnet_core::names::Linear;
 use bitnet_core::{ModelConfig, WeightQuantizer};
 use bitnet_engine::{HeadMode, KvType, Model, SessionOptions};
-use bitnet_kernels::{Int8Rows, Kernels};
+use bitnet_kernels::{Int4Rows, Kernels};
 
 use super::Test;
 
@@ -55,7 +55,7 @@ impl TokenBytes {
             Test::Generate(tokens) => {
                 let head = match session.head {
                     HeadMode::Stored => head,
-                    HeadMode::Int8Exact => int8_head_bytes(model.config()),
+                    HeadMode::Int8Exact | HeadMode::Int4Exact => int8_head_bytes(model.config()),
                 };
                 Self { linear, head, norms, kv: position * (tokens as f64 + 1.0) / 2.0 }
             }
@@ -79,7 +79,7 @@ fn kv_position_bytes(kv: KvType, config: &ModelConfig) -> f64 {
 /// Bytes of a scan of the int8 head: rows, and three numbers for each. The few
 /// rows that are scored exactly after it are not counted.
 fn int8_head_bytes(config: &ModelConfig) -> f64 {
-    (config.vocab_size * (Int8Rows::stride(config.hidden_size) + 3 * 4)) as f64
+    (config.vocab_size * (2 * Int4Rows::stride(config.hidden_size) + 4 * 4)) as f64
 }
 
 /// Integer operations of one token in the ternary products, a multiply-add being
