@@ -101,10 +101,10 @@ impl Kernels {
         padding.fill(0);
         match act {
             Activation::Relu2 => dispatch!(self, isa => {
-                float::gated_norm_quantize(isa, #[inline(always)] |gate, up| float::gated_relu2(gate, up), inputs, eps, out, q)
+                float::gated_norm_quantize(isa, float::gated_relu2, inputs, eps, out, q)
             }),
             Activation::Silu => dispatch!(self, isa => {
-                float::gated_norm_quantize(isa, #[inline(always)] |gate, up| float::gated_silu(gate, up), inputs, eps, out, q)
+                float::gated_norm_quantize(isa, float::gated_silu, inputs, eps, out, q)
             }),
         }
     }
