@@ -15,4 +15,5 @@ pub mod gguf;
 pub mod hf;
 pub mod json;
 pub mod map;
+pub mod model;
 pub mod tokenizer;

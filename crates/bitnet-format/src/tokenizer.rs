@@ -15,10 +15,21 @@ pub const HUGGINGFACE_KEY: &str = "tokenizer.huggingface.json";
 pub const CHAT_TEMPLATE_KEY: &str = "tokenizer.chat_template";
 
 /// Token types of llama.cpp.
-const NORMAL: i32 = 1;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const UNUSED: i32 = 5;
+pub(crate) mod token_type {
+    pub(crate) const NORMAL: i32 = 1;
+    pub(crate) const UNKNOWN: i32 = 2;
+    pub(crate) const CONTROL: i32 = 3;
+    pub(crate) const USER_DEFINED: i32 = 4;
+    pub(crate) const UNUSED: i32 = 5;
+    pub(crate) const BYTE: i32 = 6;
+}
+use token_type::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
+
+/// How LLaMA 3's tokenizer splits a text: llama.cpp's `llama-bpe`.
+pub(crate) const LLAMA3_SPLIT: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 
 /// A tokenizer that has no GGUF form.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -34,7 +45,7 @@ pub enum TokenizerError {
 }
 
 /// A tokenizer in the form of a GGUF file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct GgufTokenizer {
     /// The whole `tokenizer.json`.
     pub json: String,
@@ -46,6 +57,12 @@ pub struct GgufTokenizer {
     pub merges: Vec<String>,
     /// llama.cpp's name of the way text is split before the merges.
     pub pre: &'static str,
+    /// SentencePiece's scores, which stand for the merges; none of byte-level BPE.
+    pub scores: Option<Vec<f32>>,
+    /// Whether the tokenizer puts a first token before a text.
+    pub add_bos: bool,
+    /// Whether it puts a space before a text (SentencePiece's).
+    pub add_space_prefix: bool,
 }
 
 impl GgufTokenizer {
@@ -90,9 +107,27 @@ impl GgufTokenizer {
         let (tokens, token_types) = (0..vocab_size)
             .map(|id| ids.remove(&id).unwrap_or_else(|| (format!("[PAD{id}]"), UNUSED)))
             .unzip();
+        let (tokens, mut token_types): (Vec<String>, Vec<i32>) = (tokens, token_types);
         let merges = merges(&model["merges"]).map_err(bad)?;
-        let pre = if splits_like_gpt2(&root["pre_tokenizer"]) { "gpt-2" } else { "default" };
-        Ok(Self { json: json.into(), tokens, token_types, merges, pre })
+        let scores = (model["byte_fallback"] == true).then(|| {
+            let unknown = model["unk_token"].as_str();
+            for (ty, text) in token_types.iter_mut().zip(&tokens) {
+                match text.as_str() {
+                    t if Some(t) == unknown => *ty = UNKNOWN,
+                    t if *ty == NORMAL && is_byte_token(t) => *ty = BYTE,
+                    _ => {}
+                }
+            }
+            scores(&tokens, &merges)
+        });
+        let pre = pre_name(&root["pre_tokenizer"]);
+        let add_bos = puts_a_token_first(&root["post_processor"]);
+        let normalizer = &root["normalizer"];
+        let steps = normalizer["normalizers"].as_array().map_or(&[][..], Vec::as_slice);
+        let add_space_prefix =
+            [normalizer].into_iter().chain(steps).any(|n| n["type"] == "Prepend");
+        let json = json.into();
+        Ok(Self { json, tokens, token_types, merges, pre, scores, add_bos, add_space_prefix })
     }
 
     /// Writes the tokenizer's keys.
@@ -105,11 +140,21 @@ impl GgufTokenizer {
         special: SpecialTokens,
         chat_template: Option<&str>,
     ) -> Result<(), GgufError> {
-        header.put("tokenizer.ggml.model", "gpt2")?;
+        match &self.scores {
+            None => {
+                header.put("tokenizer.ggml.model", "gpt2")?;
+                header.put("tokenizer.ggml.merges", Array::strings(&self.merges))?;
+            }
+            Some(scores) => {
+                header.put("tokenizer.ggml.model", "llama")?;
+                header.put("tokenizer.ggml.scores", &scores[..])?;
+                header.put("tokenizer.ggml.add_space_prefix", self.add_space_prefix)?;
+            }
+        }
+        header.put("tokenizer.ggml.add_bos_token", self.add_bos)?;
         header.put("tokenizer.ggml.pre", self.pre)?;
         header.put("tokenizer.ggml.tokens", Array::strings(&self.tokens))?;
         header.put("tokenizer.ggml.token_type", &self.token_types[..])?;
-        header.put("tokenizer.ggml.merges", Array::strings(&self.merges))?;
         if let Some(id) = special.bos {
             header.put("tokenizer.ggml.bos_token_id", id)?;
         }
@@ -174,9 +219,40 @@ fn merges(list: &Value) -> Result<Vec<String>, String> {
         .collect()
 }
 
-/// Whether the byte-level step splits by GPT-2's expression.
-fn splits_like_gpt2(pre: &Value) -> bool {
-    pre["type"] == "ByteLevel" && pre["use_regex"] != false
+/// Whether a post-processor (or one of a sequence of them) begins a text with a
+/// special token.
+fn puts_a_token_first(post: &Value) -> bool {
+    let parts = post["processors"].as_array().map_or(&[][..], Vec::as_slice);
+    [post].into_iter().chain(parts).any(|p| !p["single"][0]["SpecialToken"].is_null())
+}
+
+/// llama.cpp's name of a pre-tokenizer.
+fn pre_name(pre: &Value) -> &'static str {
+    let first = &pre["pretokenizers"][0];
+    if pre["type"] == "ByteLevel" && pre["use_regex"] != false {
+        "gpt-2"
+    } else if first["type"] == "Split" && first["pattern"]["Regex"] == LLAMA3_SPLIT {
+        "llama-bpe"
+    } else {
+        "default"
+    }
+}
+
+/// Whether a token of SentencePiece stands for a byte: `<0x0A>`.
+fn is_byte_token(text: &str) -> bool {
+    let hex = text.strip_prefix("<0x").and_then(|t| t.strip_suffix('>'));
+    hex.is_some_and(|h| h.len() == 2 && u8::from_str_radix(h, 16).is_ok())
+}
+
+/// SentencePiece's scores from merges: minus the rank of the best merge that
+/// makes a token; those that none makes come last.
+fn scores(tokens: &[String], merges: &[String]) -> Vec<f32> {
+    let mut rank: HashMap<String, usize> = HashMap::new();
+    for (i, merge) in merges.iter().enumerate() {
+        rank.entry(merge.replacen(' ', "", 1)).or_insert(i);
+    }
+    let last = merges.len();
+    tokens.iter().map(|t| -(rank.get(t).copied().unwrap_or(last) as f32)).collect()
 }
 
 #[cfg(test)]

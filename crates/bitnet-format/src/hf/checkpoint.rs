@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bitnet_core::{ModelConfig, names};
+use bitnet_core::names::{self, Linear, Tensor};
+use bitnet_core::{Dtype, ModelConfig};
 use serde_json::Value;
 
-use super::{HfConfig, HfError, SpecialTokens, TensorFile, from_json};
+use super::{HfConfig, HfError, PackedScale, SpecialTokens, TensorFile, from_json};
 
 /// The weights in one file.
 const SINGLE: &str = "model.safetensors";
@@ -17,7 +18,7 @@ const INDEX: &str = "model.safetensors.index.json";
 /// Names that an error lists before it only counts.
 const LISTED: usize = 4;
 
-/// A checkpoint of master weights, open for reading.
+/// A model folder, open for reading.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
@@ -27,9 +28,20 @@ pub struct Checkpoint {
     at: HashMap<String, usize>,
 }
 
+/// The ternary values of a packed matrix `[out, in]`, row-major, and the scale
+/// that multiplies them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Trits {
+    /// The values.
+    pub values: Vec<i8>,
+    /// The scale, by which each is multiplied.
+    pub scale: f32,
+}
+
 impl Checkpoint {
-    /// Opens a folder that holds `config.json` and `model.safetensors`, or the
-    /// shards that `model.safetensors.index.json` lists.
+    /// Opens a checkpoint of master weights: a folder that holds `config.json`
+    /// and `model.safetensors`, or the shards that
+    /// `model.safetensors.index.json` lists.
     ///
     /// # Errors
     /// A missing or broken file, packed weights instead of master weights, and
@@ -37,7 +49,7 @@ impl Checkpoint {
     pub fn open(folder: impl AsRef<Path>) -> Result<Self, HfError> {
         let folder = folder.as_ref();
         let config = read_config(folder)?;
-        if config.packed {
+        if config.packed.is_some() {
             return Err(HfError::Unsupported {
                 path: folder.join("config.json"),
                 key: "quantization_config".into(),
@@ -46,9 +58,35 @@ impl Checkpoint {
                     .into(),
             });
         }
-        let (files, at) = open_files(folder)?;
-        let checkpoint = Self { folder: folder.into(), config, files, at };
+        Self::with_config(folder, config)
+    }
+
+    /// Opens a model folder whatever its linear weights are: master weights,
+    /// packed ternary values, or floats.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], but for packed weights.
+    pub fn open_any(folder: impl AsRef<Path>) -> Result<Self, HfError> {
+        let folder = folder.as_ref();
+        Self::with_config(folder, read_config(folder)?)
+    }
+
+    fn with_config(folder: &Path, config: HfConfig) -> Result<Self, HfError> {
+        let (files, mut at) = open_files(folder)?;
+        // What older tools store beside the weights and nothing needs: rotary
+        // frequencies, and a tied head's copy of the embedding.
+        at.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
+        if config.model.tie_word_embeddings && at.contains_key(names::EMBEDDING) {
+            at.remove(names::LM_HEAD);
+        }
+        let mut checkpoint = Self { folder: folder.into(), config, files, at };
         checkpoint.check()?;
+        if !checkpoint.config.states_embedding_dtype
+            && let Ok(file) = checkpoint.file_of(names::EMBEDDING)
+            && let Some(dtype) = file.float_type(names::EMBEDDING)
+        {
+            checkpoint.config.model.embedding_dtype = dtype;
+        }
         Ok(checkpoint)
     }
 
@@ -87,14 +125,66 @@ impl Checkpoint {
         self.file_of(name)?.read_at(name, first, out)
     }
 
+    /// The type in which float linear weights are stored.
+    #[must_use]
+    pub fn linear_dtype(&self) -> Dtype {
+        let name = Linear::Q.hf(0);
+        self.file_of(&name).ok().and_then(|f| f.float_type(&name)).unwrap_or(Dtype::F16)
+    }
+
+    /// How the linear weights are packed; none where they are floats.
+    #[must_use]
+    pub fn packed(&self) -> Option<PackedScale> {
+        self.config.packed
+    }
+
+    /// The ternary values of a linear layer of a packed model.
+    ///
+    /// Row `r + i · ⌈out / 4⌉` lies in bits `2i` and `2i + 1` of the bytes of row
+    /// `r`, as codes (value + 1).
+    ///
+    /// # Errors
+    /// A tensor that is not packed, a code that is no ternary value, a scale that
+    /// is not positive and finite, I/O errors.
+    pub fn read_packed(&self, layer: usize, linear: Linear) -> Result<Trits, HfError> {
+        let name = linear.hf(layer);
+        let [rows, cols] = linear.shape(self.config());
+        let file = self.file_of(&name)?;
+        let bytes = file.read_bytes(&name)?;
+        let quarter = rows.div_ceil(4);
+        let mut values = Vec::with_capacity(rows * cols);
+        for row in 0..rows {
+            let (i, r) = (row / quarter, row % quarter);
+            let codes = bytes[r * cols..][..cols].iter().map(|b| (b >> (2 * i) & 3) as i8);
+            values.extend(codes.map(|code| code - 1));
+        }
+        if let Some(at) = values.iter().position(|v| *v == 2) {
+            let (row, col) = (at / cols, at % cols);
+            let reason =
+                format!("tensor {name}: row {row}, column {col}: a code of 3 is no ternary value");
+            return Err(HfError::safetensors(file.path(), reason));
+        }
+        let scale_name = scale_name(&name);
+        let file = self.file_of(&scale_name)?;
+        let stored = file.read(&scale_name)?[0];
+        let scale = match self.config.packed {
+            Some(PackedScale::Divides) => 1.0 / stored,
+            _ => stored,
+        };
+        if !(scale > 0.0 && scale.is_finite() && stored.is_finite()) {
+            let reason = format!("tensor {scale_name}: a scale of {stored}");
+            return Err(HfError::safetensors(file.path(), reason));
+        }
+        Ok(Trits { values, scale })
+    }
+
     fn file_of(&self, name: &str) -> Result<&TensorFile, HfError> {
         let index = self.at.get(name).ok_or_else(|| self.missing(&[name]))?;
         Ok(&self.files[*index])
     }
 
     fn check(&self) -> Result<(), HfError> {
-        let expected: BTreeMap<String, Vec<usize>> =
-            names::tensors(self.config()).into_iter().collect();
+        let expected = self.expected();
         let absent: Vec<&str> =
             expected.keys().map(String::as_str).filter(|n| !self.at.contains_key(*n)).collect();
         if !absent.is_empty() {
@@ -110,16 +200,37 @@ impl Checkpoint {
         for (tensor, expected) in expected {
             let file = self.file_of(&tensor)?;
             let found = file.shape(&tensor).unwrap_or_default().to_vec();
-            if found != expected {
+            // Some tools store a scale without a dimension.
+            let scalar = expected == [1] && found.is_empty();
+            if found != expected && !scalar {
                 return Err(HfError::Shape { path: file.path().into(), tensor, expected, found });
             }
         }
         Ok(())
     }
 
+    /// Names and shapes of all tensors.
+    fn expected(&self) -> BTreeMap<String, Vec<usize>> {
+        let mut all = BTreeMap::new();
+        for tensor in Tensor::all(self.config()) {
+            let (name, mut dims) = (tensor.hf(), tensor.dims(self.config()));
+            if let (Tensor::Linear(..), Some(_)) = (tensor, self.config.packed) {
+                dims[0] = dims[0].div_ceil(4);
+                all.insert(scale_name(&name), vec![1]);
+            }
+            all.insert(name, dims);
+        }
+        all
+    }
+
     fn missing(&self, names: &[&str]) -> HfError {
         HfError::Missing { path: self.folder.clone(), count: names.len(), names: list(names) }
     }
+}
+
+/// The scale of a packed weight.
+fn scale_name(weight: &str) -> String {
+    format!("{weight}_scale")
 }
 
 fn list(names: &[&str]) -> String {
@@ -285,8 +396,8 @@ mod tests {
             (|t| drop(t.remove(3)), "1 tensor(s) missing: model.layers.0."),
             (|t| t.truncate(10), "tensor(s) missing: model.layers.0."),
             (
-                |t| t.push(("lm_head.weight".into(), vec![1], vec![0.0])),
-                "1 unexpected tensor(s): lm_head.weight",
+                |t| t.push(("lm_head.bias".into(), vec![1], vec![0.0])),
+                "1 unexpected tensor(s): lm_head.bias",
             ),
             (
                 |t| {

@@ -33,9 +33,21 @@ pub struct HfConfig {
     pub model: ModelConfig,
     /// Its special tokens.
     pub special: SpecialTokens,
-    /// Whether the linear weights are stored as packed bytes (`offline`)
-    /// instead of master weights.
-    pub packed: bool,
+    /// How the linear weights are packed; none where they are master weights or
+    /// floats.
+    pub packed: Option<PackedScale>,
+    /// Whether the file states the precision of the embedding in a key of our
+    /// own: else it is that of the stored tensor.
+    pub states_embedding_dtype: bool,
+}
+
+/// What the `weight_scale` of packed weights (`offline`) means, by `linear_class`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PackedScale {
+    /// `autobitlinear`: it multiplies the ternary value, mean |W|.
+    Multiplies,
+    /// `bitlinear`, the default: it divides, 1 / mean |W|.
+    Divides,
 }
 
 /// The content of `config.json` for a checkpoint of f32 master weights.
@@ -157,7 +169,8 @@ pub fn from_json(text: &str, path: &Path) -> Result<HfConfig, HfError> {
     model.validate().map_err(|source| HfError::Config { path: path.into(), source })?;
     let special =
         SpecialTokens { bos: top.token("bos_token_id")?, eos: top.token("eos_token_id")? };
-    Ok(HfConfig { model, special, packed })
+    let states_embedding_dtype = own.get("embedding_dtype").is_some();
+    Ok(HfConfig { model, special, packed, states_embedding_dtype })
 }
 
 const OWN_KEYS: [&str; 3] = ["sub_norms", "weight_quantizer", "embedding_dtype"];
@@ -202,9 +215,9 @@ fn refuse_what_is_missing_here(top: &Keys<'_>) -> Result<(), HfError> {
 }
 
 /// The quantiser a file announces and whether its weights are packed.
-fn quantization(top: &Keys<'_>) -> Result<(WeightQuantizer, bool), HfError> {
+fn quantization(top: &Keys<'_>) -> Result<(WeightQuantizer, Option<PackedScale>), HfError> {
     let key = "quantization_config";
-    let Some(value) = top.get(key) else { return Ok((WeightQuantizer::None, false)) };
+    let Some(value) = top.get(key) else { return Ok((WeightQuantizer::None, None)) };
     if !value.is_object() {
         return Err(top.expected(key, "an object", Some(value)));
     }
@@ -216,10 +229,29 @@ fn quantization(top: &Keys<'_>) -> Result<(WeightQuantizer, bool), HfError> {
             return Err(q.unsupported("quant_method", value, "\"bitnet\" is"));
         }
     }
+    if q.bool("use_rms_norm")? == Some(true) {
+        return Err(q.unsupported("use_rms_norm", "true", "a norm inside linear layers is not"));
+    }
     // transformers' defaults, where absent: bitlinear, offline.
-    let online = q.string("linear_class")? == Some("autobitlinear")
-        && q.string("quantization_mode")? == Some("online");
-    Ok((WeightQuantizer::Ternary, !online))
+    let auto = match q.string("linear_class")? {
+        None | Some("bitlinear") => false,
+        Some("autobitlinear") => true,
+        Some(other) => {
+            let reason = "bitlinear and autobitlinear are";
+            return Err(q.unsupported("linear_class", other, reason));
+        }
+    };
+    let packed = match q.string("quantization_mode")? {
+        Some("online") if auto => None,
+        None | Some("offline") if auto => Some(PackedScale::Multiplies),
+        // `bitlinear` has no other mode.
+        None | Some("offline") => Some(PackedScale::Divides),
+        Some(other) => {
+            let reason = "offline is, and online with autobitlinear";
+            return Err(q.unsupported("quantization_mode", other, reason));
+        }
+    };
+    Ok((WeightQuantizer::Ternary, packed))
 }
 
 /// `rope_parameters.rope_theta` (transformers 5), else `rope_theta`.
@@ -358,7 +390,8 @@ mod tests {
             };
             let special = SpecialTokens { bos, eos };
             let back = read(&to_json(&model, special)).unwrap();
-            prop_assert_eq!(back, HfConfig { model, special, packed: false });
+            let states_embedding_dtype = true;
+            prop_assert_eq!(back, HfConfig { model, special, packed: None, states_embedding_dtype });
         }
     }
 
@@ -385,7 +418,7 @@ mod tests {
     #[test]
     fn reads_a_packed_llama() {
         let c = read(&llama()).unwrap();
-        assert!(c.packed);
+        assert_eq!((c.packed, c.states_embedding_dtype), (Some(PackedScale::Divides), false));
         assert_eq!((c.special.bos, c.special.eos), (Some(1), Some(2)));
         assert_eq!((c.model.sub_norms, c.model.rope_theta), (false, 500_000.0));
         assert_eq!(c.model.weight_quantizer, WeightQuantizer::Ternary);
@@ -404,7 +437,7 @@ mod tests {
         let c = read(&json).unwrap();
         assert_eq!((c.model.rope_theta, c.model.head_dim), (1234.5, None));
         assert_eq!((c.model.head_dim(), c.model.num_key_value_heads), (64, 4));
-        assert_eq!((c.model.weight_quantizer, c.packed), (WeightQuantizer::None, false));
+        assert_eq!((c.model.weight_quantizer, c.packed), (WeightQuantizer::None, None));
     }
 
     #[test]
@@ -439,6 +472,21 @@ mod tests {
                 "quantization_config",
                 json!({"quant_method": "awq"}),
                 "key quantization_config.quant_method = awq",
+            ),
+            (
+                "quantization_config",
+                json!({"quant_method": "bitnet", "use_rms_norm": true}),
+                "key quantization_config.use_rms_norm = true",
+            ),
+            (
+                "quantization_config",
+                json!({"quant_method": "bitnet", "linear_class": "x"}),
+                "key quantization_config.linear_class = x",
+            ),
+            (
+                "quantization_config",
+                json!({"quant_method": "bitnet", "quantization_mode": "online"}),
+                "key quantization_config.quantization_mode = online",
             ),
             ("quantization_config", json!(3), "key quantization_config: expected an object"),
             (

@@ -5,9 +5,9 @@ mod checkpoint;
 mod config;
 mod safetensors;
 
-pub use checkpoint::Checkpoint;
-pub use config::{HfConfig, SpecialTokens, from_json, to_json};
-pub use safetensors::{TensorFile, TensorFileWriter, TensorSpec, save};
+pub use checkpoint::{Checkpoint, Trits};
+pub use config::{HfConfig, PackedScale, SpecialTokens, from_json, to_json};
+pub use safetensors::{Stored, TensorFile, TensorFileWriter, TensorSpec, save};
 
 use std::path::{Path, PathBuf};
 
@@ -40,9 +40,9 @@ pub enum HfError {
     /// A tensor of another shape than the configuration gives it.
     #[error("{}: tensor {tensor}: expected {expected:?}, found {found:?}", path.display())]
     Shape { path: PathBuf, tensor: String, expected: Vec<usize>, found: Vec<usize> },
-    /// A tensor that does not hold f32, f16 or bf16.
-    #[error("{}: tensor {tensor}: type {dtype} cannot be read (F32, F16 and BF16 can)", path.display())]
-    Dtype { path: PathBuf, tensor: String, dtype: String },
+    /// A tensor that does not hold f32, f16 or bf16 (or, packed, bytes).
+    #[error("{}: tensor {tensor}: type {dtype} cannot be read ({expected} can)", path.display())]
+    Dtype { path: PathBuf, tensor: String, dtype: String, expected: &'static str },
     /// Tensors that the configuration needs are not there.
     #[error("{}: {count} tensor(s) missing: {names}", path.display())]
     Missing { path: PathBuf, count: usize, names: String },

@@ -116,8 +116,7 @@ impl TensorFile {
             Dtype::F32 => 4,
             Dtype::F16 | Dtype::BF16 => 2,
             other => {
-                let (path, tensor) = (self.path.clone(), name.into());
-                return Err(HfError::Dtype { path, tensor, dtype: format!("{other:?}") });
+                return Err(self.wrong_type(name, other, "F32, F16 and BF16"));
             }
         };
         let elements: usize = info.shape.iter().product();
@@ -137,6 +136,41 @@ impl TensorFile {
             convert(info.dtype, bytes, chunk);
         }
         Ok(())
+    }
+
+    /// The whole data of a tensor of bytes (U8).
+    ///
+    /// # Errors
+    /// No tensor of that name, another type, I/O errors.
+    pub fn read_bytes(&self, name: &str) -> Result<Vec<u8>, HfError> {
+        let info = self.info(name)?;
+        if info.dtype != Dtype::U8 {
+            return Err(self.wrong_type(name, info.dtype, "U8"));
+        }
+        // Checked against the file's length when it was opened.
+        let mut out = vec![0; info.data_offsets.1 - info.data_offsets.0];
+        let start = self.data_start + info.data_offsets.0 as u64;
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        (file.seek(SeekFrom::Start(start)))
+            .and_then(|_| file.read_exact(&mut out))
+            .map_err(|e| HfError::read(&self.path, e))?;
+        Ok(out)
+    }
+
+    /// The type of a tensor, where it is one of the three float types.
+    #[must_use]
+    pub fn float_type(&self, name: &str) -> Option<bitnet_core::Dtype> {
+        match self.metadata.info(name)?.dtype {
+            Dtype::F32 => Some(bitnet_core::Dtype::F32),
+            Dtype::F16 => Some(bitnet_core::Dtype::F16),
+            Dtype::BF16 => Some(bitnet_core::Dtype::Bf16),
+            _ => None,
+        }
+    }
+
+    fn wrong_type(&self, name: &str, found: Dtype, expected: &'static str) -> HfError {
+        let (path, tensor) = (self.path.clone(), name.into());
+        HfError::Dtype { path, tensor, dtype: format!("{found:?}"), expected }
     }
 
     fn info(&self, name: &str) -> Result<&TensorInfo, HfError> {
@@ -167,19 +201,49 @@ fn convert(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
 /// A tensor that is to be written: its name and shape.
 pub type TensorSpec = (String, Vec<usize>);
 
-/// Writes a file of f32 tensors, one after the other; the file appears on
-/// [`TensorFileWriter::commit`].
+/// The type of a tensor that is to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// Floats.
+    Float(bitnet_core::Dtype),
+    /// Bytes.
+    U8,
+}
+
+impl Stored {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Float(bitnet_core::Dtype::F32) => "F32",
+            Self::Float(bitnet_core::Dtype::F16) => "F16",
+            Self::Float(bitnet_core::Dtype::Bf16) => "BF16",
+            Self::U8 => "U8",
+        }
+    }
+
+    fn bytes(self) -> u64 {
+        match self {
+            Self::Float(dtype) => dtype.bytes() as u64,
+            Self::U8 => 1,
+        }
+    }
+}
+
+/// Writes a file of tensors, one after the other and each in one piece or in
+/// several; the file appears on [`TensorFileWriter::commit`].
 #[derive(Debug)]
 pub struct TensorFileWriter {
     out: AtomicFile,
-    tensors: Vec<TensorSpec>,
+    /// Name, shape and bytes of each.
+    tensors: Vec<(String, Vec<usize>, u64)>,
     next: usize,
+    /// Bytes of the next that are written.
+    written: u64,
 }
 
 impl TensorFileWriter {
-    /// Writes the header. `tensors` come in the order they will be written,
-    /// `metadata` goes to the header's `__metadata__` (transformers wants
-    /// `format: pt` there, which is added).
+    /// Writes the header of a file of f32 tensors. `tensors` come in the order
+    /// they will be written, `metadata` goes to the header's `__metadata__`
+    /// (transformers wants `format: pt` there, which is added).
     ///
     /// # Errors
     /// I/O errors, a name that comes twice, and sizes beyond 64 bits.
@@ -187,6 +251,20 @@ impl TensorFileWriter {
         path: impl AsRef<Path>,
         metadata: &[(&str, &str)],
         tensors: Vec<TensorSpec>,
+    ) -> Result<Self, HfError> {
+        let f32 = Stored::Float(bitnet_core::Dtype::F32);
+        let tensors = tensors.into_iter().map(|(name, shape)| (name, shape, f32)).collect();
+        Self::with_types(path, metadata, tensors)
+    }
+
+    /// As [`TensorFileWriter::create`], with a type for each tensor.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_types(
+        path: impl AsRef<Path>,
+        metadata: &[(&str, &str)],
+        tensors: Vec<(String, Vec<usize>, Stored)>,
     ) -> Result<Self, HfError> {
         let path = path.as_ref();
         let bad = |reason: String| HfError::safetensors(path, reason);
@@ -196,14 +274,17 @@ impl TensorFileWriter {
         meta.extend(metadata.iter().map(|(k, v)| ((*k).to_owned(), json!(v))));
         header.insert("__metadata__".into(), meta.into());
         let mut start = 0u64;
-        for (name, shape) in &tensors {
-            let end = (shape.iter().try_fold(4u64, |n, &d| n.checked_mul(d as u64)))
+        let mut sizes = Vec::with_capacity(tensors.len());
+        for (name, shape, stored) in tensors {
+            let end = (shape.iter().try_fold(stored.bytes(), |n, &d| n.checked_mul(d as u64)))
                 .and_then(|n| n.checked_add(start))
                 .ok_or_else(|| bad(format!("tensor {name}: {shape:?} is too large")))?;
-            let info = json!({ "dtype": "F32", "shape": shape, "data_offsets": [start, end] });
+            let info =
+                json!({ "dtype": stored.name(), "shape": shape, "data_offsets": [start, end] });
             if header.insert(name.clone(), info).is_some() {
                 return Err(bad(format!("tensor {name} is written twice")));
             }
+            sizes.push((name, shape, end - start));
             start = end;
         }
         let mut text = serde_json::Value::from(header).to_string().into_bytes();
@@ -213,33 +294,52 @@ impl TensorFileWriter {
         (out.write_all(&(text.len() as u64).to_le_bytes()))
             .and_then(|()| out.write_all(&text))
             .map_err(|e| HfError::write(path, e))?;
-        Ok(Self { out, tensors, next: 0 })
+        Ok(Self { out, tensors: sizes, next: 0, written: 0 })
     }
 
-    /// Writes tensor `name`, which must be the next in order.
+    /// Writes the f32 tensor `name` in one piece; it must be the next in order.
     ///
     /// # Errors
     /// Another tensor's turn, a length that its shape does not have, I/O errors.
     pub fn write(&mut self, name: &str, data: &[f32]) -> Result<(), HfError> {
-        let path = self.out.dest().to_owned();
-        let Some((turn, shape)) = self.tensors.get(self.next) else {
-            return Err(HfError::safetensors(&path, format!("tensor {name}: no tensor is left")));
-        };
-        if turn != name {
-            let reason = format!("tensor {name} is written, in turn is {turn}");
-            return Err(HfError::safetensors(&path, reason));
-        }
-        if shape.iter().product::<usize>() != data.len() {
+        if let Some((turn, shape, size)) = self.tensors.get(self.next)
+            && turn == name
+            && *size != 4 * data.len() as u64
+        {
             let (tensor, expected, found) = (name.into(), shape.clone(), vec![data.len()]);
+            let path = self.out.dest().to_owned();
             return Err(HfError::Shape { path, tensor, expected, found });
         }
         let mut bytes = Vec::with_capacity(4 * CHUNK.min(data.len()));
         for chunk in data.chunks(CHUNK) {
             bytes.clear();
             bytes.extend(chunk.iter().flat_map(|x| x.to_le_bytes()));
-            self.out.write_all(&bytes).map_err(|e| HfError::write(&path, e))?;
+            self.write_bytes(name, &bytes)?;
         }
-        self.next += 1;
+        if data.is_empty() { self.write_bytes(name, &[]) } else { Ok(()) }
+    }
+
+    /// Writes the next bytes of tensor `name`, which must be the next in order.
+    ///
+    /// # Errors
+    /// Another tensor's turn, more bytes than its shape and type have, I/O errors.
+    pub fn write_bytes(&mut self, name: &str, bytes: &[u8]) -> Result<(), HfError> {
+        let path = self.out.dest().to_owned();
+        let Some((turn, _, size)) = self.tensors.get(self.next) else {
+            return Err(HfError::safetensors(&path, format!("tensor {name}: no tensor is left")));
+        };
+        if turn != name {
+            let reason = format!("tensor {name} is written, in turn is {turn}");
+            return Err(HfError::safetensors(&path, reason));
+        }
+        let end = self.written + bytes.len() as u64;
+        if end > *size {
+            let reason = format!("tensor {name}: {end} bytes are written, it has {size}");
+            return Err(HfError::safetensors(&path, reason));
+        }
+        let done = end == *size;
+        self.out.write_all(bytes).map_err(|e| HfError::write(&path, e))?;
+        (self.next, self.written) = if done { (self.next + 1, 0) } else { (self.next, end) };
         Ok(())
     }
 
@@ -249,7 +349,7 @@ impl TensorFileWriter {
     /// A tensor that was not written, or I/O errors.
     pub fn commit(self) -> Result<(), HfError> {
         let path = self.out.dest().to_owned();
-        if let Some((name, _)) = self.tensors.get(self.next) {
+        if let Some((name, ..)) = self.tensors.get(self.next) {
             return Err(HfError::safetensors(&path, format!("tensor {name} was not written")));
         }
         self.out.commit().map_err(|e| HfError::write(&path, e))
