@@ -1,70 +1,53 @@
-//! Reading back: every ternary value, scale and float of the finished file
-//! against the checkpoint, by the scalar definition and not by the code that
-//! wrote it.
+//! Reading back: every ternary value, scale and float of the finished output,
+//! opened as a model like any other, against the source.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
-use std::path::Path;
+use bitnet_format::model::Source;
 
-use bitnet_core::ternary;
-use bitnet_format::gguf::{Directory, GgufError, read_head};
-
-use crate::pack::{encode, for_chunks};
+use crate::format::Format;
 use crate::plan::{Form, Item, Plan};
-use crate::source::Source;
+use crate::sink::{for_chunks, rounded};
 use crate::{ExportError, Step};
+
+/// Largest relative difference of a scale that is the mean of bf16 weights.
+const BF16_SCALE_TOLERANCE: f32 = 1e-4;
 
 /// What was found on the way.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
-    pub(crate) tensors: u64,
-    /// Weights that are ternary in the file.
+    /// Weights that are ternary in the output.
     pub(crate) ternary: u64,
     /// Those of them that are zero.
     pub(crate) zeros: u64,
-    /// Bytes of the linear layers' weights and scales, padding of rows included.
-    pub(crate) linear_bytes: u64,
 }
 
-/// Compares the file at `path` with the checkpoint.
+/// Compares what was written with the source.
 pub(crate) fn compare(
-    source: &Source,
+    source: &dyn Source,
     plan: &Plan,
-    path: &Path,
+    written: &dyn Source,
+    format: Format,
     step: &mut Step<'_>,
 ) -> Result<Counts, ExportError> {
-    let file = "the packed file";
-    let read = |source| GgufError::Read { file: file.into(), source };
-    let mut open = File::open(path).map_err(read)?;
-    let (head, total) = read_head(&mut open, file)?;
-    let directory = Directory::parse(&head, total, file)?;
-    let mut packed = Packed { file: open, directory };
-    let mut counts =
-        Counts { tensors: packed.directory.tensors().len() as u64, ..Counts::default() };
+    let mut counts = Counts::default();
     for item in &plan.items {
         match item.form {
             Form::Ternary => {
-                ternary_item(source, plan, &mut packed, item, &mut counts)?;
+                ternary_item(source, written, item, format, &mut counts)?;
                 step.add(item.elements())?;
             }
             Form::Float(dtype) => {
-                let mut bytes = Vec::new();
-                let start = packed.directory.tensor_range(&item.weight())?.start;
+                let mut found = Vec::new();
                 for_chunks(source, item, |first, values| {
-                    let expected = encode(values, dtype);
-                    let at = start + (first * dtype.bytes()) as u64;
-                    packed.read(at, expected.len(), &mut bytes)?;
-                    if let Some(i) = (0..bytes.len()).find(|&i| bytes[i] != expected[i]) {
-                        let i = i / dtype.bytes();
-                        let element = i * dtype.bytes()..(i + 1) * dtype.bytes();
-                        let show = |b: &[u8]| format!("bytes {:02x?}", &b[element.clone()]);
-                        return Err(differs(item, first + i, show(&expected), show(&bytes)));
+                    found.resize(values.len(), 0.0);
+                    written.floats(item.tensor, first / item.cols, &mut found)?;
+                    let pairs = values.iter().map(|x| rounded(*x, dtype)).zip(&found);
+                    for (i, (e, f)) in pairs.enumerate() {
+                        if e.to_bits() != f.to_bits() {
+                            return Err(differs(item, first + i, e.to_string(), f.to_string()));
+                        }
                     }
                     step.add(values.len())
                 })?;
-                if crate::report::is_linear(item) {
-                    counts.linear_bytes += (item.elements() * dtype.bytes()) as u64;
-                }
             }
         }
     }
@@ -72,59 +55,36 @@ pub(crate) fn compare(
 }
 
 fn ternary_item(
-    source: &Source,
-    plan: &Plan,
-    packed: &mut Packed<'_>,
+    source: &dyn Source,
+    written: &dyn Source,
     item: &Item,
+    format: Format,
     counts: &mut Counts,
 ) -> Result<(), ExportError> {
-    let weights = source.checkpoint.read(&item.hf)?;
-    let (expected, scale) = ternary::quantize_weights(&weights, item.cols);
-    drop(weights);
-    let mut bytes = Vec::new();
-    let at = packed.directory.tensor_range(&item.scale())?.start;
-    packed.read(at, 4, &mut bytes)?;
-    if bytes != scale.to_le_bytes() {
-        let found = bytes.as_chunks::<4>().0.first().map(|b| f32::from_le_bytes(*b));
-        let show = |x: Option<f32>| format!("weight_scale {:e}", x.unwrap_or(f32::NAN));
-        return Err(differs(item, 0, show(Some(scale)), show(found)));
-    }
-    let range = packed.directory.tensor_range(&item.weight())?;
-    packed.read(range.start, (range.end - range.start) as usize, &mut bytes)?;
-    let mut found = vec![0i8; item.cols];
-    let rows = bytes.chunks_exact(plan.layout.row_bytes(item.cols));
-    for (row, (bytes, expected)) in rows.zip(expected.chunks_exact(item.cols)).enumerate() {
-        plan.layout
-            .unpack_row(bytes, &mut found)
-            .map_err(|e| ExportError::Matrix { tensor: item.weight(), source: e })?;
-        if let Some(col) = (0..item.cols).find(|&i| found[i] != expected[i]) {
-            let (e, f) = (expected[col].to_string(), found[col].to_string());
-            return Err(differs(item, row * item.cols + col, e, f));
+    let found = written.ternary(item.tensor)?;
+    let expected = source.ternary(item.tensor)?;
+    let (e, f) = (expected.scale, found.scale);
+    let same = match format {
+        // A tensor of zeros has no mean.
+        Format::HfBf16 => {
+            (e / f - 1.0).abs() <= BF16_SCALE_TOLERANCE || found.values.iter().all(|t| *t == 0)
         }
-        counts.zeros += found.iter().filter(|t| **t == 0).count() as u64;
+        _ => e.to_bits() == f.to_bits(),
+    };
+    if !same {
+        let show = |x: f32| format!("weight_scale {x:e}");
+        return Err(differs(item, 0, show(e), show(f)));
     }
+    if let Some(at) = (0..item.elements()).find(|&i| expected.values[i] != found.values[i]) {
+        let (e, f) = (expected.values[at].to_string(), found.values[at].to_string());
+        return Err(differs(item, at, e, f));
+    }
+    counts.zeros += found.values.iter().filter(|t| **t == 0).count() as u64;
     counts.ternary += item.elements() as u64;
-    counts.linear_bytes += bytes.len() as u64 + 4;
     Ok(())
 }
 
 fn differs(item: &Item, element: usize, expected: String, found: String) -> ExportError {
     let (tensor, at) = (item.weight(), item.position(element));
     ExportError::Differs { tensor, at, expected, found }
-}
-
-/// The written file, read by position: it may be larger than memory.
-struct Packed<'h> {
-    file: File,
-    directory: Directory<'h>,
-}
-
-impl Packed<'_> {
-    /// `len` bytes from position `at` of the file.
-    fn read(&mut self, at: u64, len: usize, out: &mut Vec<u8>) -> Result<(), ExportError> {
-        out.resize(len, 0);
-        (self.file.seek(SeekFrom::Start(at)))
-            .and_then(|_| self.file.read_exact(out))
-            .map_err(|source| GgufError::Read { file: self.directory.file().into(), source }.into())
-    }
 }

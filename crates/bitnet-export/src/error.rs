@@ -6,8 +6,12 @@ use std::path::{Path, PathBuf};
 use bitnet_core::{ConfigError, Exit, ExitError, MatrixError};
 use bitnet_engine::EngineError;
 use bitnet_format::gguf::GgufError;
+use bitnet_format::gguf::blocks::BlockError;
 use bitnet_format::hf::HfError;
+use bitnet_format::model::ModelError;
 use bitnet_format::tokenizer::TokenizerError;
+
+use crate::format::Format;
 
 /// An export that failed. Nothing lies under the destination's name that did
 /// not lie there before.
@@ -42,9 +46,19 @@ pub enum ExportError {
     /// The disk is too small for the file.
     #[error("{}: needs {needs} bytes, the disk has {has} free", path.display())]
     Space { path: PathBuf, needs: u64, has: u64 },
-    /// The checkpoint cannot be used.
+    /// A folder that holds something else, or the source, stands where a folder
+    /// should go.
+    #[error("{}: holds something that must not be replaced by a model folder", .0.display())]
+    DestinationHoldsOther(PathBuf),
+    /// A form that cannot hold the model.
+    #[error("--format {format} cannot hold this model: {what}")]
+    Format { format: Format, what: String },
+    /// The model cannot be read.
     #[error(transparent)]
-    Checkpoint(#[from] HfError),
+    Model(#[from] ModelError),
+    /// The folder cannot be written.
+    #[error("the model folder")]
+    Folder(#[from] HfError),
     /// Its tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
@@ -61,11 +75,14 @@ pub enum ExportError {
     /// A matrix could not be packed.
     #[error("tensor {tensor}")]
     Matrix { tensor: String, source: MatrixError },
+    /// A matrix could not be encoded.
+    #[error("tensor {tensor}")]
+    Block { tensor: String, source: BlockError },
     /// The destination cannot be written.
     #[error("{}: cannot be written", path.display())]
     Write { path: PathBuf, source: io::Error },
     /// The container could not be written or read back.
-    #[error("the packed file")]
+    #[error("the output file")]
     Container(#[from] GgufError),
     /// The file differs from the checkpoint.
     #[error("read back, tensor {tensor}, element {at:?}: expected {expected}, found {found}")]
@@ -97,18 +114,22 @@ impl ExportError {
         match self {
             Self::NoFolder(_)
             | Self::NoCheckpoint(_)
-            | Self::Checkpoint(_)
+            | Self::Model(_)
             | Self::Tokenizer(_)
             | Self::Read { .. }
             | Self::Invalid { .. }
             | Self::NotFinite { .. } => Exit::BadInput,
             Self::DestinationIsFolder(_)
+            | Self::DestinationHoldsOther(_)
+            | Self::Format { .. }
             | Self::NoConfig(_)
             | Self::Config { .. }
             | Self::Set { .. }
             | Self::Shape(_) => Exit::Usage,
             Self::Space { .. }
             | Self::Matrix { .. }
+            | Self::Block { .. }
+            | Self::Folder(_)
             | Self::Write { .. }
             | Self::Container(_)
             | Self::Differs { .. }

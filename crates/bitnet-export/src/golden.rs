@@ -4,9 +4,9 @@
 use std::path::Path;
 
 use bitnet_engine::{KvType, LoadOptions, Model, Session, SessionOptions};
+use bitnet_format::model::Golden;
 
 use crate::ExportError;
-use crate::source::Golden;
 
 /// Largest difference of a logit. Training and engine run the same kernels in
 /// the same order, so on the CPU it is zero; a GPU rounds floats its own way.

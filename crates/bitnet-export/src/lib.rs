@@ -1,6 +1,7 @@
-//! From a checkpoint to a packed model: quantise with the one definition, pack,
-//! write, read back, compare every weight, let the engine reproduce the logits
-//! that training computed, and only then give the file its name.
+//! From a checkpoint, or any file of the ternary ecosystem, to a packed model or
+//! to another of those forms: quantise with the one definition, pack, write, read
+//! back, compare every weight, let the engine reproduce the logits that training
+//! computed, and only then give the output its name.
 //!
 //! ```no_run
 //! use bitnet_export::{ExportOptions, export};
@@ -13,19 +14,21 @@
 //! [`synthesize`] writes a file of random weights in the shape of any config.
 //!
 //! Memory holds one tensor at a time, whatever the size of the model. An
-//! existing file of the destination's name is replaced, atomically and only by
-//! a file that passed; a failed export leaves it as it was.
+//! existing file (or folder that holds a model) of the destination's name is
+//! replaced, atomically and only by one that passed; a failed export leaves it as
+//! it was.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod compare;
 mod error;
+mod format;
 mod golden;
 mod layout;
-mod pack;
 mod plan;
 mod report;
+mod sink;
 mod source;
 mod synthetic;
 
@@ -33,9 +36,13 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
-use bitnet_format::gguf::Writer;
+use bitnet_core::{Dtype, ModelConfig};
+use bitnet_format::model::{self, Facts, Linears, Source};
+use bitnet_format::tokenizer::GgufTokenizer;
 
+pub use bitnet_format::model::OpenOptions;
 pub use error::ExportError;
+pub use format::Format;
 pub use golden::GOLDEN_TOLERANCE;
 pub use layout::{AUTO_P2_BYTES, LayoutChoice};
 pub use plan::DenseType;
@@ -44,21 +51,24 @@ pub use source::find_checkpoint;
 pub use synthetic::{SyntheticOptions, SyntheticReport, model_config, synthesize};
 
 use error::Named;
-use pack::Keys;
-use plan::Plan;
-use source::Source;
+use plan::{Form, Plan};
+use sink::Keys;
 
 /// What an export may choose.
 #[derive(Debug, Clone, Default)]
 pub struct ExportOptions {
-    /// Byte layout of the ternary matrices.
+    /// The form of the output.
+    pub format: Format,
+    /// Byte layout of the ternary matrices of a packed file.
     pub layout: LayoutChoice,
-    /// `general.name`; the run's or the folder's name when absent.
+    /// The model's name; the file's, run's or folder's when absent.
     pub name: Option<String>,
-    /// Type of a float twin's linear weights. With [`DenseType::F16`] they are
-    /// rounded, so training's logits cannot be reproduced: the file is checked
+    /// Type of a float model's linear weights in a packed file. Where they are
+    /// rounded training's logits cannot be reproduced: the file is checked
     /// weight by weight only, and holds no golden logits.
     pub dense: DenseType,
+    /// What the source leaves open.
+    pub open: OpenOptions,
 }
 
 /// What an export is doing.
@@ -87,13 +97,13 @@ pub struct Progress {
     pub total: u64,
 }
 
-/// Packs the checkpoint that `src` names (see [`find_checkpoint`]) into the
-/// file `dst`.
+/// Writes the model that `src` names (a checkpoint, see [`find_checkpoint`], a
+/// Hugging Face folder, or a GGUF file) to `dst`.
 ///
 /// # Errors
-/// A checkpoint that is missing, broken or not finite, a destination that
-/// cannot be written, and any difference between the file and the checkpoint;
-/// nothing appears under the destination's name then.
+/// A model that is missing, broken, not finite, or not one that the form can
+/// hold; a destination that cannot be written; and any difference between what
+/// was written and the source. Nothing appears under the destination's name then.
 pub fn export(src: &Path, dst: &Path, options: &ExportOptions) -> Result<Report, ExportError> {
     export_with(src, dst, options, &mut |_| ControlFlow::Continue(()))
 }
@@ -109,55 +119,165 @@ pub fn export_with(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Report, ExportError> {
     let start = Instant::now();
-    if dst.is_dir() {
-        return Err(ExportError::DestinationIsFolder(dst.into()));
-    }
-    let source = Source::open(src)?;
-    let config = source.checkpoint.config();
+    let format = options.format;
+    check_destination(src, dst, format)?;
+    let source = source::open(src, &options.open)?;
+    let facts = source.facts();
+    let config = &facts.config;
+    format.check(config).map_err(|what| ExportError::Format { format, what })?;
+    let tokenizer = tokenizer(facts)?;
     let (layout, layout_reason) = options.layout.resolve(config);
-    let plan = Plan::new(config, layout, options.dense);
-    let name = options.name.clone().unwrap_or_else(|| source.default_name());
-    tracing::debug!(checkpoint = %source.folder().display(), name, "packing");
-    let golden = source.golden.as_ref().filter(|_| plan.is_exact());
+    let form = linear_form(facts, format, options.dense);
+    let plan = Plan::new(config, layout, form);
+    let name = options.name.clone().unwrap_or_else(|| facts.name.clone());
+    tracing::debug!(source = %source.path().display(), name, "writing");
+    let golden = facts.golden.as_ref().filter(|_| keeps_golden(facts, format, form));
 
-    let out = bitnet_format::atomic::AtomicFile::create(dst).named(dst)?;
     let keys = Keys {
         config,
         name: &name,
         golden,
-        tokenizer: &source.tokenizer,
-        special: source.checkpoint.special(),
-        chat_template: source.chat_template.as_deref(),
+        tokenizer: &tokenizer,
+        special: facts.text.special,
+        eot: facts.text.eot,
+        chat_template: facts.text.chat_template.as_deref(),
     };
-    let header = pack::header(&keys, &plan)?;
-    let mut writer = Writer::start(out, header)?;
+    let mut sink = sink::create(format, dst, &keys, &plan)?;
     let mut step = Step::new(Phase::Pack, &plan, progress);
-    pack::write(&source, &plan, &mut writer, &mut step)?;
-    let out = writer.finish()?;
+    sink::write(&*source, &plan, &mut *sink, &mut step)?;
+    let tensors = sink.tensors();
+    let linear_bytes = linear_bytes(&plan, &*sink);
+    let out = sink.finish()?;
 
     let mut step = Step::new(Phase::Compare, &plan, progress);
-    let counts = compare::compare(&source, &plan, out.temp_path(), &mut step)?;
+    let written = model::open(out.path(), &OpenOptions::default())?;
+    check_config(config, &written.facts().config)?;
+    let counts = compare::compare(&*source, &plan, &*written, format, &mut step)?;
+    drop(written);
     let mut step = Step::new(Phase::Golden, &plan, progress);
     step.add(0)?;
-    let golden_error = match golden {
-        Some(golden) => Some(golden::reproduce(out.temp_path(), golden)?),
+    let golden_error = match golden.filter(|_| format == Format::Packed) {
+        Some(golden) => Some(golden::reproduce(out.path(), golden)?),
         None => None,
     };
-    let packed_bytes = std::fs::metadata(out.temp_path()).named(dst)?.len();
+    let packed_bytes = out.bytes().named(dst)?;
     out.commit().named(dst)?;
 
-    let mut warnings = Vec::new();
-    if source.golden.is_none() {
-        warnings.push(format!(
+    let warnings = warnings(&*source, options, golden_error.is_some(), form);
+    let numbers = report::Numbers { packed_bytes, tensors, linear_bytes, golden_error };
+    let facts = report::Facts { name, format, layout_reason, numbers, warnings };
+    Ok(Report::new(&*source, &plan, dst, &counts, facts, start.elapsed()))
+}
+
+/// A file is not written over a folder, and a folder neither over a file nor over
+/// one that holds something else than a model.
+fn check_destination(src: &Path, dst: &Path, format: Format) -> Result<(), ExportError> {
+    if !format.is_folder() {
+        return match dst.is_dir() {
+            true => Err(ExportError::DestinationIsFolder(dst.into())),
+            false => Ok(()),
+        };
+    }
+    let same = |a: &Path, b: &Path| a.canonicalize().ok().zip(b.canonicalize().ok());
+    let is_source = same(src, dst).is_some_and(|(a, b)| a.starts_with(b));
+    let holds_other = dst.is_dir()
+        && !dst.join("config.json").exists()
+        && dst.read_dir().is_ok_and(|mut entries| entries.next().is_some());
+    if dst.is_file() || is_source || holds_other {
+        return Err(ExportError::DestinationHoldsOther(dst.into()));
+    }
+    Ok(())
+}
+
+/// The tokenizer, checked against the model.
+fn tokenizer(facts: &Facts) -> Result<GgufTokenizer, ExportError> {
+    let text = &facts.text;
+    Ok(GgufTokenizer::parse(&text.tokenizer, facts.config.vocab_size, &text.tokenizer_file)?)
+}
+
+/// The form of the linear layers.
+fn linear_form(facts: &Facts, format: Format, dense: DenseType) -> Form {
+    match (format, facts.linears) {
+        (Format::Packed, _) => Plan::packed_form(&facts.config, dense, facts.linear_dtype),
+        // Master weights stay master weights.
+        (Format::HfBf16, Linears::Masters | Linears::Floats) => Form::Float(Dtype::Bf16),
+        (_, Linears::Floats) => Form::Float(Dtype::F16),
+        (_, Linears::Trits | Linears::Masters) => Form::Ternary,
+    }
+}
+
+/// Whether the output computes what training computed, and has a place for it.
+/// (Embedding and head are rounded to the type that training rounds them to.)
+fn keeps_golden(facts: &Facts, format: Format, form: Form) -> bool {
+    let exact = match form {
+        Form::Ternary => true,
+        Form::Float(dtype) => dtype == Dtype::F32 || dtype == facts.linear_dtype,
+    };
+    exact && matches!(format, Format::Packed | Format::HfPacked)
+}
+
+/// What was written says the same configuration, but for a head size that is
+/// spelt out and for the precision of master weights.
+fn check_config(expected: &ModelConfig, found: &ModelConfig) -> Result<(), ExportError> {
+    let plain = |c: &ModelConfig| ModelConfig { head_dim: Some(c.head_dim()), ..c.clone() };
+    let (e, f) = (plain(expected), plain(found));
+    if e == f {
+        return Ok(());
+    }
+    Err(ExportError::Differs {
+        tensor: "(the configuration)".into(),
+        at: Vec::new(),
+        expected: format!("{e:?}"),
+        found: format!("{f:?}"),
+    })
+}
+
+/// Bytes of the linear layers, their scales included.
+fn linear_bytes(plan: &Plan, sink: &dyn sink::Sink) -> u64 {
+    let linears = plan.items.iter().filter(|item| item.is_linear());
+    linears
+        .map(|item| match item.form {
+            Form::Ternary => sink.ternary_bytes(item),
+            Form::Float(dtype) => (item.elements() * dtype.bytes()) as u64,
+        })
+        .sum()
+}
+
+fn warnings(
+    source: &dyn Source,
+    options: &ExportOptions,
+    reproduced: bool,
+    form: Form,
+) -> Vec<String> {
+    let facts = source.facts();
+    let mut all = Vec::new();
+    if options.open.ptq {
+        all.push(
+            "--ptq ternary: the weights were not trained to be ternary, the quality collapses; \
+             measure it (bitnet-eval perplexity) and do not use it"
+                .to_owned(),
+        );
+    }
+    if options.format == Format::HfBf16 && facts.linears == Linears::Masters {
+        all.push(
+            "master weights were rounded to bf16: those near a threshold can quantise differently"
+                .to_owned(),
+        );
+    }
+    if options.format != Format::Packed || reproduced {
+        return all;
+    }
+    if facts.golden.is_none() {
+        all.push(format!(
             "{} has no golden.json: the file equals the checkpoint, but its output was not \
              compared with training's",
-            source.folder().display()
+            source.path().display()
         ));
-    } else if golden.is_none() {
-        warnings.push("weights were rounded to f16: the output was not compared".to_owned());
+    } else if let Form::Float(dtype) = form {
+        let dtype = dtype.name();
+        all.push(format!("weights were rounded to {dtype}: the output was not compared"));
     }
-    let facts = report::Facts { name, layout_reason, packed_bytes, golden_error, warnings };
-    Ok(Report::new(&source, &plan, dst, &counts, facts, start.elapsed()))
+    all
 }
 
 /// A phase's progress, and the place where it can be broken off.

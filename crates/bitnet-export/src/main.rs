@@ -1,5 +1,5 @@
-//! `bitnet-export CHECKPOINT -o model.gguf` and `bitnet-export synthetic`: the
-//! commands around the library.
+//! `bitnet-export SRC -o model.gguf`, `bitnet-export import` and `bitnet-export
+//! synthetic`: the commands around the library.
 
 #![forbid(unsafe_code)]
 
@@ -13,23 +13,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use bitnet_core::{ExitError, Layout, exit};
+use bitnet_core::{Activation, ExitError, Layout, exit};
 use bitnet_export::{
-    DenseType, ExportError, ExportOptions, LayoutChoice, Phase, Progress, Report, SyntheticOptions,
-    SyntheticReport, export_with, model_config, synthesize,
+    DenseType, ExportError, ExportOptions, Format, LayoutChoice, OpenOptions, Phase, Progress,
+    Report, SyntheticOptions, SyntheticReport, export_with, model_config, synthesize,
 };
 use bitnet_format::json::write_json;
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-/// Pack a checkpoint into one self-describing file.
+/// Write a checkpoint, or any model that is read here, in one of several forms.
 ///
 /// Every weight is read back and compared, and the engine must reproduce
-/// training's logits, before the file gets its name; an existing file is
-/// replaced only then. (A checkpoint folder called `synthetic` is `./synthetic`.)
+/// training's logits, before the output gets its name; an existing file is
+/// replaced only then. (A folder called `synthetic` is `./synthetic`.)
 ///
-/// Exit codes: 0 done, 1 failed, 2 bad usage, 3 bad checkpoint, 130 interrupted.
+/// Exit codes: 0 done, 1 failed, 2 bad usage, 3 bad source, 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(name = "bitnet-export", version)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -42,24 +42,73 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Import(Import),
     Synthetic(Synthetic),
+}
+
+/// Pack a model of another tool for this engine: `--format packed`.
+///
+/// SRC is a Hugging Face folder (packed ternary weights of either meaning of
+/// their scale, master weights, or floats; shards too) or a GGUF file of
+/// llama.cpp or bitnet.cpp (I2_S in the x86 layout, TQ1_0, TQ2_0, F32, F16, BF16,
+/// Q8_0, Q6_K, Q4_K, Q4_0).
+#[derive(Debug, clap::Args)]
+struct Import {
+    #[command(flatten)]
+    source: Src,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What is read and written.
+#[derive(Debug, clap::Args)]
+struct Src {
+    /// A checkpoint folder, a run folder or its `checkpoints` (the newest is
+    /// taken), a Hugging Face folder, or a GGUF file.
+    #[arg(required = true, value_name = "SRC")]
+    checkpoint: Option<PathBuf>,
+    /// The file or folder to write.
+    #[arg(short, long, value_name = "PATH", required = true)]
+    output: Option<PathBuf>,
+    /// Type of the linear weights of a float model in a packed file: f32, f16
+    /// (rounded, so that training's logits are not compared), or auto: as they
+    /// are stored.
+    #[arg(long, value_enum, default_value_t = Dense::Auto)]
+    dense: Dense,
+    /// A tokenizer.json in place of the source's.
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// The activation of a GGUF file whose architecture means another one.
+    #[arg(long, value_enum)]
+    hidden_act: Option<Act>,
+    /// Quantise a float model that was never trained for it. Its quality
+    /// collapses: for measuring how much.
+    #[arg(long, value_enum)]
+    ptq: Option<Ptq>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Act {
+    Relu2,
+    Silu,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Ptq {
+    Ternary,
 }
 
 #[derive(Debug, clap::Args)]
 struct Pack {
-    /// A checkpoint folder, a run folder or its `checkpoints` (the newest is
-    /// taken), or a Hugging Face folder with ternary master weights.
-    #[arg(required = true)]
-    checkpoint: Option<PathBuf>,
-    /// The file to write.
-    #[arg(short, long, value_name = "FILE", required = true)]
-    output: Option<PathBuf>,
+    #[command(flatten)]
+    source: Src,
+    /// The form of the output: packed (the file of this engine), gguf-tq1_0,
+    /// gguf-tq2_0, gguf-i2_s (128/32, x86), gguf-f16, hf-packed or hf-bf16 (the
+    /// last two are folders).
+    #[arg(long, default_value = "packed", value_parser = format)]
+    format: Format,
     #[command(flatten)]
     common: Common,
-    /// Type of the linear weights of a float twin; f16 rounds them, so that
-    /// training's logits are not compared.
-    #[arg(long, value_enum, default_value_t = Dense::F32)]
-    dense: Dense,
 }
 
 /// Write a model of random weights in the shape of a training config.
@@ -104,8 +153,16 @@ struct Common {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Dense {
+    Auto,
     F32,
     F16,
+}
+
+fn format(name: &str) -> Result<Format, String> {
+    Format::from_name(name).ok_or_else(|| {
+        let known = Format::ALL.map(Format::name).join(", ");
+        format!("unknown format; known: {known}")
+    })
 }
 
 fn layout(name: &str) -> Result<LayoutChoice, String> {
@@ -148,33 +205,49 @@ fn run(args: &Args) -> anyhow::Result<()> {
             bar.end();
             print(&args.common, &report.map_err(ExitError::from)?)
         }
-        None => {
-            let report = pack(&args.pack, &mut progress);
+        Some(Command::Import(args)) => {
+            let report = pack(&args.source, Format::Packed, &args.common, &mut progress);
             bar.end();
-            print(&args.pack.common, &report.map_err(ExitError::from)?)
+            print(&args.common, &report.map_err(ExitError::from)?)
+        }
+        None => {
+            let Pack { source, format, common } = &args.pack;
+            let report = pack(source, *format, common, &mut progress);
+            bar.end();
+            print(common, &report.map_err(ExitError::from)?)
         }
     }
 }
 
 type OnProgress<'p> = &'p mut dyn FnMut(Progress) -> ControlFlow<()>;
 
-fn pack(args: &Pack, progress: OnProgress<'_>) -> Result<Report, ExportError> {
+fn pack(
+    args: &Src,
+    format: Format,
+    common: &Common,
+    progress: OnProgress<'_>,
+) -> Result<Report, ExportError> {
     let options = ExportOptions {
-        layout: args.common.layout,
-        name: args.common.name.clone(),
+        format,
+        layout: common.layout,
+        name: common.name.clone(),
         dense: match args.dense {
+            Dense::Auto => DenseType::Auto,
             Dense::F32 => DenseType::F32,
             Dense::F16 => DenseType::F16,
         },
+        open: OpenOptions {
+            hidden_act: args.hidden_act.map(|act| match act {
+                Act::Relu2 => Activation::Relu2,
+                Act::Silu => Activation::Silu,
+            }),
+            tokenizer: args.tokenizer.clone(),
+            ptq: args.ptq.is_some(),
+        },
     };
     // Clap asks for both where there is no subcommand.
-    let (checkpoint, output) = (args.checkpoint.as_deref(), args.output.as_deref());
-    export_with(
-        checkpoint.unwrap_or("".as_ref()),
-        output.unwrap_or("".as_ref()),
-        &options,
-        progress,
-    )
+    let (source, output) = (args.checkpoint.as_deref(), args.output.as_deref());
+    export_with(source.unwrap_or("".as_ref()), output.unwrap_or("".as_ref()), &options, progress)
 }
 
 fn synthetic(args: &Synthetic, progress: OnProgress<'_>) -> Result<SyntheticReport, ExportError> {

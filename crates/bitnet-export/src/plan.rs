@@ -1,45 +1,54 @@
 //! Which tensor goes where, in which form: the one list that the header, the
 //! weights and the comparison all follow.
 
-use bitnet_core::names::{EMBEDDING, FINAL_NORM, LM_HEAD, Linear, Norm};
+use bitnet_core::names::Tensor;
 use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
-use bitnet_format::gguf::GgmlType;
 
-/// How the linear weights of a float twin are stored.
+/// How the linear weights of a float model are stored in a packed file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DenseType {
-    /// As training has them.
+    /// As the source has them; f16 where it has them in a few bits.
     #[default]
+    Auto,
+    /// Single precision.
     F32,
     /// Rounded to half precision.
     F16,
 }
 
-/// The form of a tensor in the file.
+/// The form of a tensor in the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Form {
-    /// Packed rows, and a scale in a tensor of its own.
+    /// Ternary values and a scale.
     Ternary,
     /// Floats of this type.
     Float(Dtype),
 }
 
-/// A tensor of the checkpoint and its place in the file.
+/// A tensor of the model and its form.
 #[derive(Debug, Clone)]
 pub(crate) struct Item {
-    /// Its name in the checkpoint.
+    pub(crate) tensor: Tensor,
+    /// Its name in checkpoints.
     pub(crate) hf: String,
-    /// Its name in the file, without `.weight` and `.scale`.
+    /// Its name in GGUF files, without `.weight` and `.scale`.
     pub(crate) gguf: String,
     /// Its rows and columns; a norm is one row.
     pub(crate) rows: usize,
     pub(crate) cols: usize,
-    /// A norm has one dimension in both files.
+    /// A norm has one dimension in all files.
     pub(crate) is_vector: bool,
     pub(crate) form: Form,
 }
 
 impl Item {
+    fn new(tensor: Tensor, config: &ModelConfig, form: Form) -> Self {
+        let [rows, cols] = tensor.shape(config);
+        let gguf = tensor.gguf();
+        let gguf = gguf.strip_suffix(".weight").unwrap_or(&gguf).to_owned();
+        Self { tensor, hf: tensor.hf(), gguf, rows, cols, is_vector: tensor.is_norm(), form }
+    }
+
     pub(crate) fn elements(&self) -> usize {
         self.rows * self.cols
     }
@@ -52,80 +61,55 @@ impl Item {
         format!("{}.scale", self.gguf)
     }
 
+    /// Whether it is the weight of a linear layer.
+    pub(crate) fn is_linear(&self) -> bool {
+        matches!(self.tensor, Tensor::Linear(..))
+    }
+
     /// The position of an element, as errors show it.
     pub(crate) fn position(&self, element: usize) -> Vec<usize> {
         if self.is_vector { vec![element] } else { vec![element / self.cols, element % self.cols] }
     }
 
-    /// Dimensions and type of the weight in the file, the fastest first.
-    pub(crate) fn directory(&self, layout: Layout) -> (Vec<u64>, GgmlType) {
-        let (cols, ty) = match self.form {
-            Form::Ternary => (layout.row_bytes(self.cols), GgmlType::I8),
-            Form::Float(Dtype::F32) => (self.cols, GgmlType::F32),
-            Form::Float(Dtype::F16) => (self.cols, GgmlType::F16),
-            Form::Float(Dtype::Bf16) => (self.cols, GgmlType::BF16),
-        };
-        let mut dims = vec![cols as u64];
-        if !self.is_vector {
-            dims.push(self.rows as u64);
-        }
-        (dims, ty)
+    /// The dimensions in a GGUF file, the fastest first, for rows of `cols`.
+    pub(crate) fn gguf_dims(&self, cols: usize) -> Vec<u64> {
+        let rows = (!self.is_vector).then_some(self.rows as u64);
+        [cols as u64].into_iter().chain(rows).collect()
     }
 }
 
-/// All tensors of a file, in its order.
+/// All tensors of an output, in its order.
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
+    /// Byte layout of the ternary matrices of a packed file.
     pub(crate) layout: Layout,
     pub(crate) items: Vec<Item>,
-    rounds_linears: bool,
 }
 
 impl Plan {
-    pub(crate) fn new(config: &ModelConfig, layout: Layout, dense: DenseType) -> Self {
-        let table = Form::Float(config.embedding_dtype);
-        let linear_form = match (config.weight_quantizer, dense) {
-            (WeightQuantizer::Ternary, _) => Form::Ternary,
-            (WeightQuantizer::None, DenseType::F32) => Form::Float(Dtype::F32),
-            (WeightQuantizer::None, DenseType::F16) => Form::Float(Dtype::F16),
+    /// The plan of a model whose linear layers have the form `linear`.
+    pub(crate) fn new(config: &ModelConfig, layout: Layout, linear: Form) -> Self {
+        let form = |tensor| match tensor {
+            Tensor::Embedding | Tensor::Head => Form::Float(config.embedding_dtype),
+            Tensor::Norm(..) | Tensor::FinalNorm => Form::Float(Dtype::F32),
+            Tensor::Linear(..) => linear,
         };
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let mut items = vec![matrix(EMBEDDING.into(), "token_embd", [vocab, hidden], table)];
-        for layer in 0..config.num_hidden_layers {
-            for norm in Norm::of(config) {
-                let gguf = norm.gguf(layer);
-                let gguf = gguf.strip_suffix(".weight").unwrap_or(&gguf);
-                items.push(vector(norm.hf(layer), gguf, norm.size(config)));
-            }
-            for linear in Linear::ALL {
-                let (shape, gguf) = (linear.shape(config), linear.gguf(layer));
-                items.push(matrix(linear.hf(layer), &gguf, shape, linear_form));
-            }
-        }
-        items.push(vector(FINAL_NORM.into(), "output_norm", hidden));
-        if !config.tie_word_embeddings {
-            items.push(matrix(LM_HEAD.into(), "output", [vocab, hidden], table));
-        }
-        let rounds_linears = linear_form == Form::Float(Dtype::F16);
-        Self { layout, items, rounds_linears }
+        let items = Tensor::all(config).into_iter().map(|t| Item::new(t, config, form(t)));
+        Self { layout, items: items.collect() }
     }
 
-    /// Whether the file computes what training computed. (Embedding and head
-    /// are rounded to the type that training rounds them to.)
-    pub(crate) fn is_exact(&self) -> bool {
-        !self.rounds_linears
+    /// The form of the linear layers in a packed file; `stored` is their type
+    /// where they are floats.
+    pub(crate) fn packed_form(config: &ModelConfig, dense: DenseType, stored: Dtype) -> Form {
+        match (config.weight_quantizer, dense) {
+            (WeightQuantizer::Ternary, _) => Form::Ternary,
+            (WeightQuantizer::None, DenseType::Auto) => Form::Float(stored),
+            (WeightQuantizer::None, DenseType::F32) => Form::Float(Dtype::F32),
+            (WeightQuantizer::None, DenseType::F16) => Form::Float(Dtype::F16),
+        }
     }
 
     pub(crate) fn parameters(&self) -> u64 {
         self.items.iter().map(|i| i.elements() as u64).sum()
     }
-}
-
-fn matrix(hf: String, gguf: &str, [rows, cols]: [usize; 2], form: Form) -> Item {
-    Item { hf, gguf: gguf.into(), rows, cols, is_vector: false, form }
-}
-
-fn vector(hf: String, gguf: &str, cols: usize) -> Item {
-    let form = Form::Float(Dtype::F32);
-    Item { hf, gguf: gguf.into(), rows: 1, cols, is_vector: true, form }
 }

@@ -4,24 +4,29 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
+use bitnet_format::model::Source;
 use serde::Serialize;
 
 use crate::compare::Counts;
-use crate::plan::{Item, Plan};
-use crate::source::Source;
+use crate::format::Format;
+use crate::plan::Plan;
 
 /// What an export did; the keys of `--json` are these fields.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
-    /// The packed file.
+    /// The file or folder that was written.
     pub path: String,
-    /// The checkpoint it was made from.
+    /// Its form.
+    pub format: &'static str,
+    /// The checkpoint, folder or file it was made from.
     pub checkpoint: String,
+    /// What kind of model that is.
+    pub source: String,
     /// `general.name` in the file.
     pub name: String,
     /// `ternary` or `none`.
     pub weight_quantizer: &'static str,
-    /// Byte layout of the ternary matrices.
+    /// Byte layout of the ternary matrices of a packed file.
     pub layout: &'static str,
     /// Why it is that one.
     pub layout_reason: String,
@@ -60,49 +65,59 @@ pub struct Report {
 /// What a report gets from the end of an export.
 pub(crate) struct Facts {
     pub(crate) name: String,
+    pub(crate) format: Format,
     pub(crate) layout_reason: String,
-    pub(crate) packed_bytes: u64,
-    pub(crate) golden_error: Option<f32>,
+    pub(crate) numbers: Numbers,
     pub(crate) warnings: Vec<String>,
 }
 
-/// Whether an item is the weight of a linear layer.
-pub(crate) fn is_linear(item: &Item) -> bool {
-    !item.is_vector && item.gguf.starts_with("blk.")
+/// The numbers among it.
+pub(crate) struct Numbers {
+    pub(crate) packed_bytes: u64,
+    pub(crate) tensors: u64,
+    pub(crate) linear_bytes: u64,
+    pub(crate) golden_error: Option<f32>,
 }
 
 impl Report {
     pub(crate) fn new(
-        source: &Source,
+        source: &dyn Source,
         plan: &Plan,
         path: &Path,
         counts: &Counts,
         facts: Facts,
         took: Duration,
     ) -> Self {
-        let config = source.checkpoint.config();
+        let config = &source.facts().config;
         let count = config.parameter_count();
-        let golden = facts.golden_error.and(source.golden.as_ref());
+        let numbers = facts.numbers;
+        let golden = numbers.golden_error.and(source.facts().golden.as_ref());
+        let (layout, layout_reason) = match facts.format {
+            Format::Packed => (plan.layout.name(), facts.layout_reason),
+            other => (other.name(), "the format's".to_owned()),
+        };
         Self {
             path: path.display().to_string(),
-            checkpoint: source.folder().display().to_string(),
+            format: facts.format.name(),
+            checkpoint: source.path().display().to_string(),
+            source: source.facts().kind.clone(),
             name: facts.name,
             weight_quantizer: config.weight_quantizer.name(),
-            layout: plan.layout.name(),
-            layout_reason: facts.layout_reason,
-            tensors: counts.tensors,
+            layout,
+            layout_reason,
+            tensors: numbers.tensors,
             parameters: count.total(),
             linear_parameters: count.linear,
             embedding_parameters: count.embedding + count.head,
-            packed_bytes: facts.packed_bytes,
-            linear_bytes: counts.linear_bytes,
+            packed_bytes: numbers.packed_bytes,
+            linear_bytes: numbers.linear_bytes,
             fp16_bytes: 2 * count.total(),
             fp32_bytes: 4 * count.total(),
-            bits_per_weight: 8.0 * counts.linear_bytes as f64 / count.linear as f64,
+            bits_per_weight: 8.0 * numbers.linear_bytes as f64 / count.linear as f64,
             zero_share: (counts.ternary > 0).then(|| counts.zeros as f64 / counts.ternary as f64),
             weights_compared: counts.ternary,
             golden_tokens: golden.map(|g| g.tokens.len()),
-            golden_max_abs_error: facts.golden_error,
+            golden_max_abs_error: numbers.golden_error,
             warnings: facts.warnings,
             seconds: took.as_secs_f64(),
         }
@@ -113,8 +128,8 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let share = |bytes: u64| 100.0 * self.packed_bytes as f64 / bytes as f64;
-        writeln!(f, "packed      {}", self.path)?;
-        writeln!(f, "from        {}", self.checkpoint)?;
+        writeln!(f, "{:11} {}", self.format, self.path)?;
+        writeln!(f, "from        {} ({})", self.checkpoint, self.source)?;
         writeln!(
             f,
             "parameters  {} ({} in linear layers, {} in embedding and head)",

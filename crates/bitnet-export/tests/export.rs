@@ -282,7 +282,7 @@ fn what_is_wrong_is_named_and_nothing_appears() {
             Exit::BadInput,
             "none: there is no such folder",
         ),
-        ("a file", |r| r.run = r.checkpoint.join("config.json"), Exit::BadInput, "no such folder"),
+        ("a file", |r| r.run = r.checkpoint.join("config.json"), Exit::BadInput, "not a GGUF file"),
         (
             "an empty folder",
             |r| fs::remove_dir_all(&r.checkpoint).unwrap(),

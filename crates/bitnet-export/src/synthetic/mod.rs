@@ -17,7 +17,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
-use bitnet_core::{ConfigError, ModelConfig};
+use bitnet_core::{ConfigError, Dtype, ModelConfig};
 use bitnet_format::atomic::AtomicFile;
 use bitnet_format::gguf::{GgufError, Header, Writer};
 use rayon::prelude::*;
@@ -27,9 +27,9 @@ pub use config::model_config;
 
 use crate::error::Named;
 use crate::layout::LayoutChoice;
-use crate::pack::{self, Keys};
 use crate::plan::{DenseType, Form, Item, Plan};
-use crate::report::{grouped, is_linear};
+use crate::report::grouped;
+use crate::sink::{Keys, packed};
 use crate::{ExportError, Phase, Progress};
 use fill::{Fill, Rng, ZEROS};
 
@@ -103,7 +103,7 @@ pub fn synthesize(
         }));
     }
     let (layout, layout_reason) = options.layout.resolve(config);
-    let plan = Plan::new(config, layout, DenseType::F32);
+    let plan = Plan::new(config, layout, Plan::packed_form(config, DenseType::F32, Dtype::F32));
     let tokenizer = tokenizer::bytes_only(config.vocab_size)?;
     let keys = Keys {
         config,
@@ -111,9 +111,10 @@ pub fn synthesize(
         golden: None,
         tokenizer: &tokenizer,
         special: tokenizer::SPECIAL,
+        eot: None,
         chat_template: None,
     };
-    let header = pack::header(&keys, &plan)?;
+    let header = packed::header(&keys, &plan)?;
     drop(tokenizer);
     let total = file_bytes(&header)?;
     space::check(dst, total)?;
@@ -241,7 +242,7 @@ impl Maker<'_> {
                     continue;
                 }
                 Form::Ternary => Fill::Ternary(self.plan.layout),
-                Form::Float(dtype) if is_linear(item) => {
+                Form::Float(dtype) if item.is_linear() => {
                     // A variance of 1 / fan-in.
                     Fill::uniform((3.0 / item.cols as f32).sqrt(), dtype)
                 }
