@@ -39,7 +39,9 @@ pub(crate) fn compare(
                 let mut found = Vec::new();
                 for_chunks(source, item, |first, values| {
                     found.resize(values.len(), 0.0);
-                    written.floats(item.tensor, first / item.cols, &mut found)?;
+                    written
+                        .floats(item.tensor, first / item.cols, &mut found)
+                        .map_err(ExportError::ReadBack)?;
                     let pairs = values.iter().map(|x| rounded(*x, dtype)).zip(&found);
                     for (i, (e, f)) in pairs.enumerate() {
                         if e.to_bits() != f.to_bits() {
@@ -61,7 +63,7 @@ fn ternary_item(
     format: Format,
     counts: &mut Counts,
 ) -> Result<(), ExportError> {
-    let found = written.ternary(item.tensor)?;
+    let found = written.ternary(item.tensor).map_err(ExportError::ReadBack)?;
     let expected = source.ternary(item.tensor)?;
     let (e, f) = (expected.scale, found.scale);
     let same = match format {

@@ -56,6 +56,9 @@ pub enum ExportError {
     /// The model cannot be read.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// What was written cannot be read back.
+    #[error("the output cannot be read back")]
+    ReadBack(#[source] ModelError),
     /// The folder cannot be written.
     #[error("the model folder")]
     Folder(#[from] HfError),
@@ -130,6 +133,7 @@ impl ExportError {
             | Self::Matrix { .. }
             | Self::Block { .. }
             | Self::Folder(_)
+            | Self::ReadBack(_)
             | Self::Write { .. }
             | Self::Container(_)
             | Self::Differs { .. }

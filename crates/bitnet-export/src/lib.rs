@@ -150,7 +150,8 @@ pub fn export_with(
     let out = sink.finish()?;
 
     let mut step = Step::new(Phase::Compare, &plan, progress);
-    let written = model::open(out.path(), &OpenOptions::default())?;
+    let written =
+        model::open(out.path(), &OpenOptions::default()).map_err(ExportError::ReadBack)?;
     check_config(config, &written.facts().config)?;
     let counts = compare::compare(&*source, &plan, &*written, format, &mut step)?;
     drop(written);

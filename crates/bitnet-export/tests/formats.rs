@@ -350,6 +350,16 @@ fn the_binary_imports_and_exports() {
     assert_eq!((&report["name"], &report["format"]), (&json!("n"), &json!("packed")));
     assert_eq!(report["source"], "GGUF, architecture bitnet-b1.58");
     Model::open(Path::new(&packed), &LoadOptions::default()).unwrap();
+    // A vocabulary of SentencePiece's kind: byte tokens begin at id 3.
+    let tq1 =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../bitnet-format/tests/fixtures/tiny-tq1_0.gguf");
+    let (code, _, err) = call(&["import", tq1, "-o", &packed, "--hidden-act", "relu2"]);
+    assert_eq!(code, Some(0), "{err}");
+    let model = Model::open(Path::new(&packed), &LoadOptions::default()).unwrap();
+    let tokenizer = model.tokenizer().unwrap();
+    let bytes = "\u{2581}A\u{e9}".bytes().map(|b| u32::from(b) + 3);
+    assert_eq!(tokenizer.encode("A\u{e9}").unwrap(), bytes.collect::<Vec<_>>());
+    assert_eq!((tokenizer.bos_id(), tokenizer.eos_ids()), (Some(1), &[2][..]));
     for (args, expected) in [
         (&["import", &tq2][..], 2),
         (&["import", &tq2, "-o", &packed, "--format", "packed"], 2),

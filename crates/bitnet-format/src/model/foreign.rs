@@ -257,7 +257,7 @@ impl Reading<'_> {
             num_hidden_layers: dir.get(&key("block_count"))?,
             num_attention_heads: heads,
             num_key_value_heads: dir.find(&key("attention.head_count_kv"))?.unwrap_or(heads),
-            head_dim: (head_dim * heads != hidden_size).then_some(head_dim),
+            head_dim: (head_dim.checked_mul(heads) != Some(hidden_size)).then_some(head_dim),
             vocab_size: embedding.dims.get(1).map_or(0, |v| *v as usize),
             max_position_embeddings: dir.get(&key("context_length"))?,
             rms_norm_eps: dir.get(&key("attention.layer_norm_rms_epsilon"))?,

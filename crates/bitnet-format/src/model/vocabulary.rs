@@ -20,6 +20,11 @@ const DEFAULT_SPLITS: [&str; 4] = [
     r"[0-9][0-9][0-9]",
 ];
 
+/// Longest token, in bytes, that is looked at for merges. SentencePiece's own
+/// limit is 16 characters unless its user asks for more; a longer one would cost
+/// time by the square of its length.
+const MAX_MERGED: usize = 1024;
+
 /// The space of SentencePiece.
 const SPACE: &str = "\u{2581}";
 
@@ -251,7 +256,10 @@ impl<'d> Vocabulary<'d> {
             vocab.iter().map(|(t, id)| (t.as_str(), id.as_u64().unwrap_or(0))).collect();
         let mut merges = Vec::new();
         for ((id, token), ty) in self.tokens.iter().enumerate().zip(&self.types) {
-            if *ty != token_type::NORMAL || ids.get(token.as_str()) != Some(&(id as u64)) {
+            if *ty != token_type::NORMAL
+                || token.len() > MAX_MERGED
+                || ids.get(token.as_str()) != Some(&(id as u64))
+            {
                 continue;
             }
             let mut splits: Vec<_> = (token.char_indices().skip(1))
