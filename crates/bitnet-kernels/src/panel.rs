@@ -187,8 +187,8 @@ fn tile<S: Simd, const U: usize, const T: usize>(
         for (k, step) in (start..end).zip(panel[start * U..end * U].as_chunks::<U>().0) {
             let codes: [S::Bytes; U] = array!(U, u => isa.load(&step[u]));
             if k % 16 == 0 {
-                for t in 0..T {
-                    isa.prefetch(q[t].as_ptr().wrapping_add(k).cast::<u8>().wrapping_add(ahead));
+                for q in q {
+                    isa.prefetch(q.as_ptr().wrapping_add(k).cast::<u8>().wrapping_add(ahead));
                 }
             }
             for t in 0..T {
