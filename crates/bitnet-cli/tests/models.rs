@@ -100,6 +100,17 @@ fn generates_the_same_text_for_the_same_seed_however_the_prompt_comes() {
         assert_eq!(other["tokens"], plain["tokens"]);
         assert_eq!(other["text"], plain["text"]);
     }
+    // Where the best few decide, a scan of the head finds the same.
+    let few = |head: &str| {
+        let mut args = with(&[&"generate", &s.model, &"héllo", &"--top-k", &"5", &"--head", &head]);
+        let sampled = json(&bitnet(&args));
+        args.extend([&"--temperature" as &dyn AsRef<OsStr>, &"0"]);
+        let greedy = json(&bitnet(&args));
+        assert_eq!([&sampled["head"], &greedy["head"]], [head, head]);
+        [sampled["tokens"].clone(), greedy["tokens"].clone()]
+    };
+    let stored = few("stored");
+    assert_eq!([few("int8"), few("int4")], [stored.clone(), stored]);
     let seed = json(&bitnet(&[
         &"generate",
         &s.model,
@@ -331,6 +342,7 @@ fn bad_usage_and_bad_files_are_told_apart() {
         (vec![&"generate", model, &"x", &"--min-p", &"2"], 2, "min_p = 2"),
         (vec![&"generate", model, &"x", &"--repetition-penalty", &"0"], 2, "repetition_penalty"),
         (vec![&"generate", model, &"x", &"--kv", &"f8"], 2, "f8"),
+        (vec![&"generate", model, &"x", &"--head", &"int5"], 2, "int5"),
         (vec![&"generate", model, &"x", &"--threads", &"0"], 2, "threads"),
         (vec![&"generate", model, &"x", &"--context", &"129"], 2, "context = 129"),
         (vec![&"generate", model, &"too long", &"--context", &"4"], 2, "8 tokens do not fit"),

@@ -30,7 +30,7 @@
 //! The exact logit is an f32 sum in sixteen lanes: each term passes at most
 //! `m = n/16 + 8` roundings, so it is within `γ·‖w‖·‖h‖` of the real sum, where
 //! `γ = 2·m·2⁻²⁴` (Higham, Accuracy and Stability, 3.1, with room to spare).
-//! Every norm is rounded up, and `2⁻²⁰` of the largest possible magnitude covers
+//! Every norm is rounded up, and `2⁻¹⁸` of the largest possible magnitude covers
 //! the roundings of middles and bounds themselves. A logit that could overflow, or
 //! whose row or activation is not finite, has no bound: it is always scored.
 //!
@@ -250,6 +250,7 @@ impl Top {
         let full = self.mode != HeadMode::Int4Exact || self.full_scans > 0;
         self.full_scans = self.full_scans.saturating_sub(1);
         self.begin();
+        self.reserve(head.vocab);
         self.activations.set(hs, head.cols);
         self.scan(kernels, split, head, full);
         let mut refined = 0;
@@ -280,6 +281,18 @@ impl Top {
         } else if refined > head.vocab / 2 {
             self.full_scans = RETRY;
         }
+    }
+
+    /// Room for every row, so that no later search allocates.
+    fn reserve(&mut self, vocab: usize) {
+        self.ranked.clear();
+        self.ranked.reserve(vocab);
+        self.rows.clear();
+        self.rows.reserve(vocab);
+        self.logits.clear();
+        self.logits.reserve(vocab);
+        self.best.clear();
+        self.best.reserve(vocab);
     }
 
     /// The middle of every logit, and how far the logits of blocks reach.
@@ -380,9 +393,9 @@ impl Top {
                     let (block, at) = (row as usize / BLOCK, row as usize % BLOCK);
                     let coarse = middles[(block * tokens + t) * BLOCK + at];
                     let numbers = &head.numbers[block];
-                    let low = plane_sum([sums[i], sums[rows.len() + i]]) - 7.5 * factors.sum;
-                    let scale = f64::from(numbers.scale[at]) * factors.scale;
-                    let middle = coarse + (low * scale) as f32;
+                    let sums = [sums[i], sums[rows.len() + i]];
+                    let low = weigh([0, 1].map(|p| half_steps(sums[p], factors.sums[p])));
+                    let middle = coarse + low * factors.fine_scale * numbers.scale[at];
                     *out = upper(middle, factors.error(numbers, &numbers.fine, at));
                 }
             }
@@ -444,7 +457,8 @@ fn beats(a: f32, b: f32) -> bool {
 fn upper(middle: f32, error: f32) -> f32 {
     let upper = middle + error;
     // Without a bound the middle is -∞, or the error ∞.
-    if middle > f32::NEG_INFINITY && upper < f32::INFINITY { upper } else { f32::INFINITY }
+    let known = (middle > f32::NEG_INFINITY) & (upper < f32::INFINITY);
+    if known { upper } else { f32::INFINITY }
 }
 
 /// The middles of a block's rows; `at` is (block, t, T).
@@ -455,11 +469,6 @@ fn block_middles<'a>(
 ) -> &'a [f32] {
     let rows = BLOCK.min(head.vocab - block * BLOCK);
     &middles[(block * tokens + t) * BLOCK..][..rows]
-}
-
-/// `Σ u·p` from the sums of both planes of p: exact in f64.
-fn plane_sum([high, low]: [i32; 2]) -> f64 {
-    f64::from(high) * 256.0 + f64::from(low)
 }
 
 /// The middles `[T, BLOCK]` and reaches `[T]` of a block.
@@ -509,27 +518,54 @@ fn bound_block(
     valid: usize,
 ) -> Reach {
     let errors = factors.errors(numbers, numbers.of(low.is_some()));
-    // Bytes are 16·high + low - 127.5; without low, in the middle of their sixteen.
-    let mut sums = [0.0f64; BLOCK];
-    for i in 0..BLOCK {
-        sums[i] = 16.0 * plane_sum([high[0][i], high[1][i]]) - 120.0 * factors.sum;
-    }
-    if let Some(low) = low {
-        for i in 0..BLOCK {
-            sums[i] += plane_sum([low[0][i], low[1][i]]) - 7.5 * factors.sum;
+    let mut found = [0.0f32; BLOCK];
+    match low {
+        None => {
+            for i in 0..BLOCK {
+                let sums = [0, 1].map(|p| half_steps(high[p][i], factors.sums[p]));
+                found[i] = weigh(sums) * factors.coarse_scale * numbers.scale[i];
+            }
+        }
+        Some(low) => {
+            for i in 0..BLOCK {
+                // 2·(16·high + low - 127.5·Σ p): at most 255·128·2^16, below 2^31.
+                let sums = [0, 1].map(|p| {
+                    let high = half_steps(high[p][i], factors.sums[p]).wrapping_mul(16);
+                    high.wrapping_add(half_steps(low[p][i], factors.sums[p]))
+                });
+                found[i] = weigh(sums) * factors.fine_scale * numbers.scale[i];
+            }
         }
     }
+    let mut uppers = [0.0f32; BLOCK];
     for i in 0..BLOCK {
-        let middle = (sums[i] * (f64::from(numbers.scale[i]) * factors.scale)) as f32;
-        middles[i] = if errors[i] < f32::INFINITY { middle } else { f32::NEG_INFINITY };
+        middles[i] = if errors[i] < f32::INFINITY { found[i] } else { f32::NEG_INFINITY };
+        uppers[i] = upper(middles[i], errors[i]);
     }
-    let mut reach = Reach { middle: f32::NEG_INFINITY, upper: f32::NEG_INFINITY };
-    for (&middle, &error) in middles[..valid].iter().zip(&errors) {
-        let upper = upper(middle, error);
-        reach.middle = if middle > reach.middle { middle } else { reach.middle };
-        reach.upper = if upper > reach.upper { upper } else { reach.upper };
+    middles[valid..].fill(f32::NEG_INFINITY);
+    uppers[valid..].fill(f32::NEG_INFINITY);
+    Reach { middle: largest(middles), upper: largest(&uppers) }
+}
+
+/// `2·Σ u·p - 15·Σ p` of 4-bit u: twice the sum of u - 7.5, at most 15·128·2^16.
+fn half_steps(sum: i32, of_p: i32) -> i32 {
+    2 * sum - 15 * of_p
+}
+
+/// The sums of both planes of p together.
+fn weigh([high, low]: [i32; 2]) -> f32 {
+    256.0 * high as f32 + low as f32
+}
+
+/// The largest of numbers.
+fn largest(x: &[f32; BLOCK]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for chunk in x.as_chunks::<16>().0 {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = if x > *lane { x } else { *lane };
+        }
     }
-    reach
+    lanes.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@
 //! round after round, so that a busy minute of the machine meets all of them.
 
 mod cost;
+mod heads;
 mod limits;
 mod products;
 mod report;
@@ -18,15 +19,17 @@ use std::path::Path;
 use std::time::Instant;
 
 use bitnet_engine::{
-    BatchSession, EngineError, HeadMode, LoadOptions, Model, Session, SessionOptions,
+    BatchSession, EngineError, HeadCounts, HeadMode, LoadOptions, Model, Session, SessionOptions,
 };
 use bitnet_kernels::Kernels;
 
 pub use cost::{TokenBytes, int8_operations};
+pub use heads::{COSINE, Hidden};
 pub use report::{Limit, Limits, ModelInfo, Report, Row};
 pub use stats::Spread;
 
 use crate::EvalError;
+use heads::Heads;
 use products::Products;
 
 /// What is measured, and how often.
@@ -42,6 +45,8 @@ pub struct BenchOptions {
     pub repeats: usize,
     /// How sessions run; threads, kernels and context are set by the bench.
     pub session: SessionOptions,
+    /// Heads that are measured alone, beside the stored one.
+    pub heads: Vec<HeadMode>,
 }
 
 /// A test.
@@ -60,8 +65,11 @@ pub enum Test {
     },
     /// `ternary_only`: the ternary products of one decoded token and nothing else.
     Ternary,
-    /// `head_only`: the head of one decoded token and nothing else.
+    /// `head_only`: the stored head of one decoded token and nothing else.
     Head,
+    /// `head_int8`, `head_int4_near`, ...: the best token of one hidden state by a
+    /// scan, and nothing else.
+    Scan(HeadMode, Hidden),
 }
 
 impl Test {
@@ -74,6 +82,7 @@ impl Test {
             Self::Batch { tokens, sequences } => format!("tg{tokens}x{sequences}"),
             Self::Ternary => "ternary_only".into(),
             Self::Head => "head_only".into(),
+            Self::Scan(mode, hidden) => format!("head_{}{}", mode.name(), hidden.suffix()),
         }
     }
 }
@@ -209,7 +218,7 @@ fn context(tests: &[Test]) -> usize {
     let tokens = tests.iter().map(|test| match *test {
         Test::Prompt(n) | Test::Generate(n) => n,
         Test::Batch { tokens, .. } => tokens,
-        Test::Ternary | Test::Head => 1,
+        Test::Ternary | Test::Head | Test::Scan(..) => 1,
     });
     tokens.max().unwrap_or(1)
 }
@@ -222,6 +231,7 @@ pub(crate) struct Run<'a> {
     session: Session,
     batch: Option<BatchSession>,
     products: Products<'a>,
+    heads: Heads,
     /// Each test and its tokens per second, round by round.
     speeds: Vec<(Test, Vec<f64>)>,
 }
@@ -245,15 +255,31 @@ impl<'a> Run<'a> {
         let mut tests = tests.to_vec();
         if tests.iter().any(|test| matches!(test, Test::Generate(_))) {
             tests.extend(products.has_ternary().then_some(Test::Ternary));
-            tests.extend((session.head() == HeadMode::Stored).then_some(Test::Head));
+            tests.push(Test::Head);
         }
+        let scans = options.heads.iter().filter(|&&mode| mode != HeadMode::Stored);
+        let scans: Vec<_> = scans.flat_map(|&mode| Hidden::ALL.map(|h| (mode, h))).collect();
+        let heads = Heads::new(&session, &session_options, &scans)?;
+        tests.extend(scans.into_iter().map(|(mode, hidden)| Test::Scan(mode, hidden)));
         let speeds = tests.into_iter().map(|test| (test, Vec::new())).collect();
-        Ok(Self { loaded, setting, options: session_options, session, batch, products, speeds })
+        let options = session_options;
+        Ok(Self { loaded, setting, options, session, batch, products, heads, speeds })
     }
 
     fn name(&self, test: usize) -> String {
         let Setting { kernels, threads } = self.setting;
         format!("{} {} x{threads}", self.speeds[test].0.name(), kernels.name())
+    }
+
+    /// What searches of a test read, where it makes any.
+    fn counts(&self, test: Test) -> Option<HeadCounts> {
+        let counts = match test {
+            Test::Generate(_) => self.session.head_counts(),
+            Test::Batch { .. } => self.batch.as_ref()?.head_counts(),
+            Test::Scan(mode, hidden) => self.heads.counts(mode, hidden)?,
+            Test::Prompt(_) | Test::Ternary | Test::Head => return None,
+        };
+        (counts.searches > 0).then_some(counts)
     }
 
     /// Bytes of the keys and values of its sessions.
@@ -285,14 +311,13 @@ impl<'a> Run<'a> {
                     HeadMode::Stored => {
                         tokens.iter().try_for_each(|&token| session.decode(token).map(|_| ()))
                     }
-                    HeadMode::Int8Exact | HeadMode::Int4Exact => {
-                        tokens.iter().try_for_each(|&t| session.decode_top(t, 1).map(|_| ()))
-                    }
+                    _ => tokens.iter().try_for_each(|&t| session.decode_top(t, 1).map(|_| ())),
                 })?
             }
             Test::Batch { tokens, sequences } => self.batched(tokens, sequences)?,
             Test::Ternary => self.products.ternary(),
             Test::Head => self.products.head(),
+            Test::Scan(mode, hidden) => self.heads.measure(mode, hidden)?,
         };
         if counts {
             self.speeds[test].1.push(speed);
@@ -320,7 +345,10 @@ impl<'a> Run<'a> {
         let start = Instant::now();
         for step in text.chunks_exact(sequences) {
             let step: Vec<(usize, u32)> = step.iter().copied().enumerate().collect();
-            batch.decode(&step)?;
+            match batch.head() {
+                HeadMode::Stored => batch.decode(&step).map(|_| ())?,
+                _ => batch.decode_top(&step, 1).map(|_| ())?,
+            }
         }
         Ok(text.len() as f64 / start.elapsed().as_secs_f64().max(1e-9))
     }
@@ -337,12 +365,7 @@ fn batch(
         _ => None,
     });
     let Some((sequences, tokens)) = batches.max() else { return Ok(None) };
-    let options = SessionOptions {
-        context: Some(tokens),
-        // A batch reads the stored head once for all.
-        head: HeadMode::Stored,
-        ..options.clone()
-    };
+    let options = SessionOptions { context: Some(tokens), ..options.clone() };
     let workers = session.workers().clone();
     Ok(Some(BatchSession::with_workers(session.model(), &options, sequences, workers)?))
 }

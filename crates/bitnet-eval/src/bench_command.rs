@@ -21,15 +21,22 @@ use crate::{RunArgs, coded};
 Examples:
   bitnet-eval bench model.gguf
   bitnet-eval bench model.gguf --prompt 128,512 --generate 64 --threads 1 --json bench.json
+  bitnet-eval bench model.gguf --head stored,int8,int4
   bitnet-eval bench p2.gguf p5.gguf --matrix --isa avx512vbmi,avx2
 
 Tests: pp<N> runs N tokens as one prompt, tg<N> runs N tokens one by one from an empty
-context, tg<N>x<B> decodes N tokens of each of B sequences together; ternary_only and head_only are those products of one decoded token alone.
+context, tg<N>x<B> decodes N tokens of each of B sequences together; ternary_only and
+head_only are those products of one decoded token alone. head_int8 and head_int4 are
+searches for the best token by a scan after the model's own hidden states; the same
+with _near after hidden states of cosine 0.25 with a row, because trained heads have
+winners that stand out and random ones do not.
 
 JSON: `results`, a list of rows with model, layout, isa, threads, test, tokens_per_second
 (the median) with _min and _max, repeats, gb_per_second, share_of_bandwidth,
 share_of_int8_peak, bytes_per_token and its parts linear_bytes_per_token,
 head_bytes_per_token and kv_bytes_per_token (at the mean context), share_outside_products,
+head_speedup (over head_only), share_refined and share_scored (rows whose lower four
+bits a search read, and that it scored exactly),
 peak_rss_bytes (of the process: all sessions of a matrix together).
 `kv` and `head`: the options. `models`: model, layout, file_bytes, kv_cache_bytes, load_seconds, first_logits_seconds.
 `limits`: lists `read` (model, bytes, isa, threads, gb_per_second and _best) and `int8`
@@ -48,9 +55,12 @@ pub(crate) struct BenchArgs {
     /// 0 leaves the test out
     #[arg(long, value_name = "B,...", value_delimiter = ',', default_values_t = [2, 4, 8, 16])]
     batch: Vec<usize>,
-    /// How the best token is found in tg<N>: from all logits, or exactly by an int8 scan
-    #[arg(long, value_enum, default_value_t = HeadArg::Stored)]
-    head: HeadArg,
+    /// How the best token is found in tg<N> and tg<N>x<B>: from all logits, or exactly
+    /// by a scan of a copy of the head in 8 or 4 bits. Of several the first is used
+    /// there, and each is measured alone
+    #[arg(long, value_enum, value_name = "HEAD,...", value_delimiter = ',',
+          default_values_t = [HeadArg::Stored])]
+    head: Vec<HeadArg>,
     /// Measured runs of each test
     #[arg(long, value_name = "N", default_value_t = 5)]
     repeats: usize,
@@ -71,6 +81,16 @@ enum HeadArg {
     Int4,
 }
 
+impl HeadArg {
+    fn mode(self) -> HeadMode {
+        match self {
+            Self::Stored => HeadMode::Stored,
+            Self::Int8 => HeadMode::Int8Exact,
+            Self::Int4 => HeadMode::Int4Exact,
+        }
+    }
+}
+
 impl BenchArgs {
     /// Measures and prints.
     pub(crate) fn run(&self) -> anyhow::Result<()> {
@@ -83,19 +103,22 @@ impl BenchArgs {
         let or = |wanted: &[usize], default: usize| {
             if wanted.is_empty() { vec![context.min(default)] } else { wanted.to_vec() }
         };
+        let mut heads: Vec<HeadMode> = Vec::new();
+        for head in self.head.iter().map(|head| head.mode()) {
+            if !heads.contains(&head) {
+                heads.push(head);
+            }
+        }
         let options = BenchOptions {
             prompts: or(&self.prompt, 512),
             generates: or(&self.generate, 128),
             batches: self.batch.clone(),
             repeats: self.repeats,
             session: SessionOptions {
-                head: match self.head {
-                    HeadArg::Stored => HeadMode::Stored,
-                    HeadArg::Int8 => HeadMode::Int8Exact,
-                    HeadArg::Int4 => HeadMode::Int4Exact,
-                },
+                head: heads.first().copied().unwrap_or_default(),
                 ..self.run.session(None)
             },
+            heads,
         };
         let progress = Progress::new();
         let report = bench(&models, &settings, &options, &mut |done, total, name| {

@@ -89,17 +89,40 @@ fn rows_have_every_key_and_numbers_that_agree() {
 }
 
 #[test]
-fn the_int8_head_reads_fewer_bytes() {
+fn scans_of_the_head_read_fewer_bytes() {
     let dir = tempfile::tempdir().unwrap();
-    let path = model(&dir, "m.gguf", &ModelConfig::tiny());
+    let config = ModelConfig {
+        hidden_size: 512,
+        num_attention_heads: 8,
+        vocab_size: 2000,
+        ..ModelConfig::tiny()
+    };
+    let path = model(&dir, "m.gguf", &config);
     let of = |head| json(&bench(&[&path], &["--threads", "1", "--head", head, "--json", "-"]));
-    let (stored, int8) = (of("stored"), of("int8"));
-    assert_eq!((&stored["head"], &int8["head"]), (&"stored".into(), &"int8".into()));
-    // The head alone is that of the file.
-    assert_eq!(column(&int8["results"], "test"), ["pp32", "tg8", "tg8x4", "ternary_only"]);
-    let head = |report: &Value| number(&report["results"][1], "head_bytes_per_token");
-    assert!(head(&int8) < head(&stored) && head(&int8) > 0.0);
-    assert!(int8["results"][1]["share_outside_products"].is_null());
+    let (stored, int8, all) = (of("stored"), of("int8"), of("int4,stored,int8"));
+    let heads = [&stored["head"], &int8["head"], &all["head"]].map(|h| h.as_str().unwrap());
+    assert_eq!(heads, ["stored", "int8", "int4"]);
+    let common = ["pp32", "tg8", "tg8x4", "ternary_only", "head_only"];
+    assert_eq!(column(&stored["results"], "test"), common);
+    let scans = ["head_int4", "head_int4_near", "head_int8", "head_int8_near"];
+    assert_eq!(column(&int8["results"], "test")[5..], scans[2..]);
+    assert_eq!(column(&all["results"], "test")[5..], scans);
+    let head = |report: &Value, row: usize| number(&report["results"][row], "head_bytes_per_token");
+    for row in [1, 2] {
+        assert!(head(&int8, row) < head(&stored, row) && head(&int8, row) > 0.0);
+        assert!(number(&int8["results"][row], "share_scored") > 0.0);
+        assert!(stored["results"][row]["share_scored"].is_null());
+    }
+    assert!(number(&int8["results"][1], "share_outside_products") < 1.0);
+    let [int4, near, full, _] = &all["results"].as_array().unwrap()[5..] else { panic!("4 rows") };
+    for row in [int4, near, full] {
+        let of_stored = 1.0 / number(&all["results"][4], "tokens_per_second");
+        let speedup = number(row, "tokens_per_second") * of_stored;
+        assert!((number(row, "head_speedup") / speedup - 1.0).abs() < 1e-9);
+        assert!(row["share_of_int8_peak"].is_null() && number(row, "share_scored") < 1.0);
+    }
+    assert_eq!(number(full, "share_refined"), 1.0);
+    assert!(number(near, "share_refined") <= 1.0);
 }
 
 #[test]
@@ -134,9 +157,11 @@ fn a_matrix_measures_every_model_set_and_thread_count() {
 fn the_table_fits_a_terminal() {
     let dir = tempfile::tempdir().unwrap();
     let path = model(&dir, "m.gguf", &ModelConfig::tiny());
-    let output = bench(&[&path], &["--matrix", "--threads", "2"]);
+    let output = bench(&[&path], &["--matrix", "--threads", "2", "--head", "stored,int4"]);
     let table = String::from_utf8(output.stdout).unwrap();
-    for words in ["pp32", "tg8", "read file", "int8 peak", "the rest", "a token: linear"] {
+    for words in
+        ["pp32", "tg8", "read file", "int8 peak", "the rest", "of stored", "a token: linear"]
+    {
         assert!(table.contains(words), "`{words}` is not in:\n{table}");
     }
     for line in table.lines().filter(|line| !line.contains("m.gguf")) {

@@ -19,10 +19,12 @@ pub(super) struct Activations {
 /// The factors of one activation's bounds.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Factors {
-    /// The a of `h = a·p + d`.
-    pub(super) scale: f64,
-    /// `Σ p`.
-    pub(super) sum: f64,
+    /// The sum of each plane of p.
+    pub(super) sums: [i32; 2],
+    /// Eight times the a of `h = a·p + d`: half a step of the upper bits.
+    pub(super) coarse_scale: f32,
+    /// a / 2: half a step of all eight.
+    pub(super) fine_scale: f32,
     /// `‖h‖`.
     norm: f32,
     /// What a row's `‖e‖` is multiplied by where O is taken out: `‖h‖` without O.
@@ -84,12 +86,18 @@ fn quantize(h: &[f32], high: &mut [i8], low: &mut [i8], sums: &mut [i32]) -> Fac
     let (norm, error) = (square.sqrt(), error.sqrt());
     let gamma = 2.0 * (h.len() / 16 + 8) as f64 / f64::from(1u32 << 24);
     let (rest, outliers) = without_outliers(h);
-    let of_norm = error + gamma * norm + SLACK * (norm + error);
+    // A middle passes at most 16 roundings, of at most 3·‖h‖ and ‖w‖ + ‖e‖: the planes
+    // of h may be as large as h and still cancel.
+    let of_norm = error + gamma * norm + 4.0 * SLACK * (norm + error);
     let up = |x: f64| round_up(x * (1.0 + SLACK));
+    let fine_scale = (scale / 2.0) as f32;
+    // Below the normal numbers a scale may be far off: no bound.
+    let known = fine_scale >= f32::MIN_POSITIVE;
     Factors {
-        scale,
-        sum: f64::from(totals[0]) * 256.0 + f64::from(totals[1]),
-        norm: up(norm),
+        sums: totals,
+        coarse_scale: (scale * 8.0) as f32,
+        fine_scale,
+        norm: if known { up(norm) } else { f32::INFINITY },
         of_error: up(rest),
         of_peak: up(outliers),
         of_norm: up(of_norm),

@@ -125,34 +125,100 @@ impl RowNumbers {
 
 /// Fills a row of bytes.
 fn quantize_row(row: &[f32], values: &mut [u8]) -> RowNumbers {
-    let absmax = row.iter().fold(0.0f32, |m, x| if x.abs() > m { x.abs() } else { m });
-    if absmax == 0.0 && !row.iter().any(|x| x.is_nan()) {
+    let finite = row.iter().fold(true, |all, x| all & x.is_finite());
+    let absmax = absmax(row);
+    if absmax == 0.0 && finite {
         return RowNumbers { scale: 0.0, norm: 0.0, coarse: [0.0; 2], fine: [0.0; 2] };
     }
     let scale = clip(row, absmax) / 127.5;
-    if !row.iter().all(|x| x.is_finite()) || scale < f32::MIN_POSITIVE {
-        // No bound; and none below the normal numbers, where s may be far off.
+    let inv = 1.0 / scale;
+    if !finite || scale < f32::MIN_POSITIVE || inv < f32::MIN_POSITIVE {
+        // No bound; and none at the ends of the numbers, where s may be far off.
         let (norm, errors) = (f32::INFINITY, [f32::INFINITY; 2]);
         return RowNumbers { scale: 0.0, norm, coarse: errors, fine: errors };
     }
-    let (s, inv) = (f64::from(scale), 1.0 / f64::from(scale));
-    let (mut square, mut coarse, mut fine) = (0.0f64, [0.0f64; 2], [0.0f64; 2]);
-    let add = |errors: &mut [f64; 2], e: f64| {
-        errors[0] += e * e;
-        errors[1] = if e.abs() > errors[1] { e.abs() } else { errors[1] };
-    };
-    for (v, &w) in values.iter_mut().zip(row) {
-        let w = f64::from(w);
-        // The nearest of 0 to 255.
-        let q = ((w * inv).clamp(-127.5, 127.5) + 128.0) as i32;
-        *v = q as u8;
-        add(&mut fine, w - (f64::from(q) - 127.5) * s);
-        add(&mut coarse, w - f64::from((q & 0xf0) - 120) * s);
-        square += w * w;
+    // In units of s, so that nothing is too small to be squared.
+    let mut lanes = Lanes::default();
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let (values, last) = values.split_at_mut(chunks.len() * LANES);
+    for (values, chunk) in values.as_chunks_mut::<LANES>().0.iter_mut().zip(chunks) {
+        for (i, (value, w)) in values.iter_mut().zip(chunk).enumerate() {
+            *value = lanes.add(i, w * inv);
+        }
     }
-    let norm = square.sqrt() + coarse[0].max(fine[0]).sqrt();
-    let rounded = |[square, peak]: [f64; 2]| [round_up(square.sqrt()), round_up(peak)];
-    RowNumbers { scale, norm: round_up(norm), coarse: rounded(coarse), fine: rounded(fine) }
+    for (i, (value, w)) in last.iter_mut().zip(rest).enumerate() {
+        *value = lanes.add(i, w * inv);
+    }
+    let s = f64::from(scale);
+    // A lane's sum passes so many roundings, and twice as many for room to spare.
+    let gamma = (row.len() / LANES + 8) as f64 / f64::from(1u32 << 23);
+    let norm = |squares: [f32; LANES]| {
+        (squares.iter().map(|&x| f64::from(x)).sum::<f64>() * (1.0 + gamma)).sqrt()
+    };
+    let size = norm(lanes.square);
+    // `w / s` passes two roundings, and its difference from the copy one more.
+    let off = size * SLACK;
+    let [coarse, fine] = [&lanes.coarse, &lanes.fine].map(|e| {
+        let peak = e.peak.iter().fold(0.0f32, |m, &x| if x > m { x } else { m });
+        (norm(e.square) + off, f64::from(peak) + 255.0 * SLACK)
+    });
+    let rounded = |(norm, peak)| [round_up(norm * s), round_up(peak * s)];
+    let norm = round_up((size + off + coarse.0.max(fine.0)) * s);
+    RowNumbers { scale, norm, coarse: rounded(coarse), fine: rounded(fine) }
+}
+
+/// The largest magnitude; a NaN does not count.
+fn absmax(row: &[f32]) -> f32 {
+    let larger = |m: f32, x: f32| if x.abs() > m { x.abs() } else { m };
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, x);
+        }
+    }
+    lanes.iter().chain(rest).fold(0.0, |m, &x| larger(m, x))
+}
+
+/// Sums side by side, for the compiler to make vectors of.
+const LANES: usize = 16;
+
+/// What is summed of a row in units of s.
+#[derive(Default)]
+struct Lanes {
+    square: [f32; LANES],
+    coarse: ErrorLanes,
+    fine: ErrorLanes,
+}
+
+#[derive(Default)]
+struct ErrorLanes {
+    square: [f32; LANES],
+    peak: [f32; LANES],
+}
+
+impl Lanes {
+    /// Adds an element; returns its byte.
+    #[inline(always)]
+    fn add(&mut self, lane: usize, x: f32) -> u8 {
+        // At 2^23 the last bit counts ones: the addition rounds to the nearest.
+        const ONES: f32 = (1 << 23) as f32;
+        let at_ones = x.clamp(-127.5, 127.5) + 127.5 + ONES;
+        let value = at_ones.to_bits() & 0xff;
+        self.square[lane] += x * x;
+        self.fine.add(lane, x - (at_ones - ONES - 127.5));
+        self.coarse.add(lane, x - ((value & 0xf0) as i32 - 120) as f32);
+        value as u8
+    }
+}
+
+impl ErrorLanes {
+    #[inline(always)]
+    fn add(&mut self, lane: usize, e: f32) {
+        self.square[lane] += e * e;
+        let (size, peak) = (e.abs(), self.peak[lane]);
+        self.peak[lane] = if size > peak { size } else { peak };
+    }
 }
 
 /// The largest magnitude that a row's bytes reach. Less than its absmax makes

@@ -3,7 +3,7 @@
 
 use bitnet_core::names::Linear;
 use bitnet_core::{ModelConfig, WeightQuantizer};
-use bitnet_engine::{HeadMode, KvType, Model, SessionOptions};
+use bitnet_engine::{HeadCounts, KvType, Model, SessionOptions};
 use bitnet_kernels::{Int4Rows, Kernels};
 
 use super::Test;
@@ -29,9 +29,15 @@ impl TokenBytes {
         self.linear + self.head + self.kv + self.norms
     }
 
-    /// Of a test on a model in sessions of these options.
+    /// Of a test on a model in sessions of these options, whose searches by a scan of
+    /// the head, if it makes any, read what `counts` says.
     #[must_use]
-    pub fn of(test: Test, model: &Model, session: &SessionOptions) -> Self {
+    pub fn of(
+        test: Test,
+        model: &Model,
+        session: &SessionOptions,
+        counts: Option<HeadCounts>,
+    ) -> Self {
         let chunk = session.chunk;
         let parts = model.parts();
         let kernels = session.kernels.unwrap_or_else(Kernels::detect);
@@ -39,6 +45,11 @@ impl TokenBytes {
         let norms = parts.norms as f64;
         let head = (model.bytes_per_token() - parts.ternary - parts.dense) as f64 - norms;
         let position = kv_position_bytes(session.kv, model.config());
+        // Of one of some tokens that use it together.
+        let head_of = |together: f64| match counts {
+            Some(counts) => scan_bytes(counts, model.config(), head, together),
+            None => head / together,
+        };
         match test {
             Test::Prompt(tokens) => {
                 let n = tokens as f64;
@@ -53,19 +64,16 @@ impl TokenBytes {
                 }
             }
             Test::Generate(tokens) => {
-                let head = match session.head {
-                    HeadMode::Stored => head,
-                    HeadMode::Int8Exact | HeadMode::Int4Exact => int8_head_bytes(model.config()),
-                };
-                Self { linear, head, norms, kv: position * (tokens as f64 + 1.0) / 2.0 }
+                let kv = position * (tokens as f64 + 1.0) / 2.0;
+                Self { linear, head: head_of(1.0), norms, kv }
             }
             Test::Batch { tokens, sequences } => {
                 let n = sequences as f64;
                 let kv = position * (tokens as f64 + 1.0) / 2.0;
-                Self { linear: linear / n, head: head / n, norms: norms / n, kv }
+                Self { linear: linear / n, head: head_of(n), norms: norms / n, kv }
             }
             Test::Ternary => Self { linear, ..Self::default() },
-            Test::Head => Self { head, ..Self::default() },
+            Test::Head | Test::Scan(..) => Self { head: head_of(1.0), ..Self::default() },
         }
     }
 }
@@ -76,10 +84,14 @@ fn kv_position_bytes(kv: KvType, config: &ModelConfig) -> f64 {
     kv.bytes(config, 1024) as f64 / 1024.0
 }
 
-/// Bytes of a scan of the int8 head: rows, and three numbers for each. The few
-/// rows that are scored exactly after it are not counted.
-fn int8_head_bytes(config: &ModelConfig) -> f64 {
-    (config.vocab_size * (2 * Int4Rows::stride(config.hidden_size) + 4 * 4)) as f64
+/// Bytes that a search by a scan reads on average: planes of 4 bits of all rows, which
+/// `together` searches share, and four numbers for each row; then the lower bits and
+/// the stored rows of those that could still win.
+fn scan_bytes(counts: HeadCounts, config: &ModelConfig, stored: f64, together: f64) -> f64 {
+    let mean = |count: u64| count as f64 / (counts.searches as f64).max(1.0);
+    let (rows, row) = (config.vocab_size as f64, Int4Rows::stride(config.hidden_size) as f64);
+    let planes = rows * (row * (1.0 + mean(counts.full_scans)) + 4.0 * 4.0);
+    planes / together + mean(counts.refined) * row + mean(counts.scored) * stored / rows
 }
 
 /// Integer operations of one token in the ternary products, a multiply-add being

@@ -1,11 +1,13 @@
 //! What a bench reports: rows and limits for programs, a table for people.
 
 use bitnet_core::WeightQuantizer;
-use bitnet_engine::Model;
+use bitnet_engine::{HeadCounts, HeadMode, Model};
 use serde::Serialize;
 
 use super::limits::{Kind, Probe};
-use super::{BenchOptions, Loaded, Run, Spread, Test, TokenBytes, int8_operations, peak_rss_bytes};
+use super::{
+    BenchOptions, Hidden, Loaded, Run, Spread, Test, TokenBytes, int8_operations, peak_rss_bytes,
+};
 
 /// All results; the keys are stable.
 #[derive(Debug, Clone, Serialize)]
@@ -14,7 +16,7 @@ pub struct Report {
     pub models: Vec<ModelInfo>,
     /// Element type of the key and value caches.
     pub kv: &'static str,
-    /// How tokens decoded one by one use the head: `stored` or `int8`.
+    /// How tokens decoded use the head: `stored`, `int8` or `int4`.
     pub head: &'static str,
     /// A row for each model, setting and test.
     pub results: Vec<Row>,
@@ -50,7 +52,8 @@ pub struct Row {
     pub isa: &'static str,
     /// Threads.
     pub threads: usize,
-    /// `pp<N>`, `tg<N>`, `tg<N>x<B>`, `ternary_only` or `head_only`.
+    /// `pp<N>`, `tg<N>`, `tg<N>x<B>`, `ternary_only`, `head_only`, or `head_int8`,
+    /// `head_int8_near`, `head_int4` and `head_int4_near`.
     pub test: String,
     /// The median of the rounds.
     pub tokens_per_second: f64,
@@ -79,6 +82,14 @@ pub struct Row {
     /// Of a `tg<N>` test on a ternary model, the share of its time that neither
     /// the ternary products nor the head take when they run alone.
     pub share_outside_products: Option<f64>,
+    /// Of a scan of the head alone, how many times as fast as `head_only` it is.
+    pub head_speedup: Option<f64>,
+    /// Of the vocabulary, the mean share of rows whose lower four bits a search read
+    /// after the upper four; all of them where it scanned both at once. None where
+    /// there was no search by a scan.
+    pub share_refined: Option<f64>,
+    /// The mean share of rows that a search scored exactly.
+    pub share_scored: Option<f64>,
     /// The most memory the process has used; none where the system does not tell.
     pub peak_rss_bytes: Option<u64>,
 }
@@ -189,13 +200,22 @@ fn rows(run: &Run<'_>, limits: &Limits) -> Vec<Row> {
         let found = run.speeds.iter().find(|(test, _)| *test == wanted);
         found.map(|(_, speeds)| Spread::of(speeds).median)
     };
-    let products = median(Test::Ternary).zip(median(Test::Head));
+    let head = median(head_test(run.session.head()));
+    let (products, stored) = (median(Test::Ternary).zip(head), median(Test::Head));
     let row = |(test, speeds): &(Test, Vec<f64>)| {
         let products = products.filter(|_| matches!(test, Test::Generate(_)));
         let outside = |speed: f64| products.map(|(a, b)| 1.0 - speed * (1.0 / a + 1.0 / b));
-        row(run, *test, Spread::of(speeds), limits, outside)
+        let row = row(run, *test, Spread::of(speeds), limits, outside);
+        let speedup = |stored| row.tokens_per_second / stored;
+        let scan = matches!(test, Test::Scan(..));
+        Row { head_speedup: stored.filter(|_| scan).map(speedup), ..row }
     };
     run.speeds.iter().map(row).collect()
+}
+
+/// The test that measures a head alone.
+fn head_test(mode: HeadMode) -> Test {
+    if mode == HeadMode::Stored { Test::Head } else { Test::Scan(mode, Hidden::Own) }
 }
 
 fn row(
@@ -207,14 +227,16 @@ fn row(
 ) -> Row {
     let model = &run.loaded.model;
     let (isa, threads) = (run.setting.kernels.name(), run.setting.threads);
-    let bytes = TokenBytes::of(test, model, &run.options);
+    let counts = run.counts(test);
+    let bytes = TokenBytes::of(test, model, &run.options, counts);
     let gb_per_second = speed.median * bytes.total() / 1e9;
     let read = limits
         .read
         .iter()
         .find(|limit| limit.threads == threads && limit.model.as_deref() == Some(model.file()));
     let int8 = limits.int8.iter().find(|limit| limit.threads == threads && limit.isa == isa);
-    let operations = int8_operations(model.config()).filter(|_| test != Test::Head);
+    let operations =
+        int8_operations(model.config()).filter(|_| !matches!(test, Test::Head | Test::Scan(..)));
     Row {
         model: model.file().to_owned(),
         layout: layout(model),
@@ -234,8 +256,19 @@ fn row(
         head_bytes_per_token: bytes.head.round() as u64,
         kv_bytes_per_token: bytes.kv.round() as u64,
         share_outside_products: outside(speed.median),
+        head_speedup: None,
+        share_refined: counts.map(|c| {
+            let full = c.full_scans as f64 / c.searches as f64;
+            full + share_of_rows(c.refined, c, model)
+        }),
+        share_scored: counts.map(|c| share_of_rows(c.scored, c, model)),
         peak_rss_bytes: peak_rss_bytes(),
     }
+}
+
+/// Rows of a search on average, as a share of all.
+fn share_of_rows(rows: u64, counts: HeadCounts, model: &Model) -> f64 {
+    rows as f64 / counts.searches as f64 / model.config().vocab_size as f64
 }
 
 /// Every run has its limits measured.
@@ -271,7 +304,7 @@ impl Report {
         for limit in reads.chain(&self.limits.int8) {
             text += &limit.line();
         }
-        text += "\n  test          isa         threads  tokens/s  (slowest, fastest)    GB/s  \
+        text += "\n  test            isa         threads  tokens/s  (slowest, fastest)    GB/s  \
                  of read  of int8\n";
         let rows = || self.results.iter().filter(|row| row.model == model.model);
         rows().for_each(|row| text += &row.line());
@@ -288,6 +321,11 @@ impl Report {
                      the rest  (share)\n";
         }
         rows().for_each(|row| text += &self.time_line(row));
+        if rows().any(|row| row.head_speedup.is_some()) {
+            text += "\n  head            isa         threads        time  of stored  refined  \
+                     scored\n";
+        }
+        rows().for_each(|row| text += &row.head_line());
         text.push('\n');
         text
     }
@@ -301,8 +339,12 @@ impl Report {
             self.results.iter().find(same).map_or(0.0, |r| 1.0 / r.tokens_per_second)
         };
         let Some(outside) = row.share_outside_products else { return String::new() };
+        let head = match self.head {
+            "stored" => "head_only".to_owned(),
+            scan => format!("head_{scan}"),
+        };
         let token = 1.0 / row.tokens_per_second;
-        let (ternary, head) = (alone("ternary_only"), alone("head_only"));
+        let (ternary, head) = (alone("ternary_only"), alone(&head));
         format!(
             "  {:12}  {:10}  {:7}  {:>10}  {:>10}  {:>10}  {:>10}  ({:.1}%)\n",
             row.test,
@@ -355,13 +397,32 @@ impl Row {
         );
         let int8 = self.share_of_int8_peak.map_or("-".into(), |s| format!("{:.1}%", 100.0 * s));
         format!(
-            "  {:12}  {:10}  {:7}  {:>8}  {range:18}  {:6.2}  {:6.1}%  {int8:>7}\n",
+            "  {:14}  {:10}  {:7}  {:>8}  {range:18}  {:6.2}  {:6.1}%  {int8:>7}\n",
             self.test,
             self.isa,
             self.threads,
             speed(self.tokens_per_second),
             self.gb_per_second,
             100.0 * self.share_of_bandwidth,
+        )
+    }
+
+    /// The time of a scan of the head and what it read; `near` is after hidden states
+    /// that point towards a row.
+    fn head_line(&self) -> String {
+        let (Some(speedup), Some(refined), Some(scored)) =
+            (self.head_speedup, self.share_refined, self.share_scored)
+        else {
+            return String::new();
+        };
+        format!(
+            "  {:14}  {:10}  {:7}  {:>10}  {speedup:8.2}x  {:6.1}%  {:5.2}%\n",
+            self.test,
+            self.isa,
+            self.threads,
+            time(1.0 / self.tokens_per_second),
+            100.0 * refined,
+            100.0 * scored,
         )
     }
 
