@@ -8,7 +8,7 @@ use bitnet_format::hf::{Stored, TensorFileWriter, Trits, to_json};
 use half::bf16;
 use serde_json::{Value, json};
 
-use super::{Keys, Sink, Unnamed, encode};
+use super::{Keys, Sink, Unnamed, encode, rounded};
 use crate::ExportError;
 use crate::error::Named;
 use crate::format::Format;
@@ -55,7 +55,9 @@ impl Folder {
         for item in &plan.items {
             let dims = if item.is_vector { vec![item.cols] } else { vec![item.rows, item.cols] };
             match (item.form, format) {
-                (Form::Float(dtype), _) => all.push((item.hf.clone(), dims, Stored::Float(dtype))),
+                (Form::Float(dtype), _) => {
+                    all.push((item.hf.clone(), dims, Stored::Float(stored(format, dtype))));
+                }
                 (Form::Ternary, Format::HfPacked) => {
                     let rows = item.rows.div_ceil(4);
                     all.push((item.hf.clone(), vec![rows, item.cols], Stored::U8));
@@ -83,7 +85,8 @@ impl Sink for Folder {
     }
 
     fn floats(&mut self, item: &Item, dtype: Dtype, values: &[f32]) -> Result<(), ExportError> {
-        Ok(self.out.write_bytes(&item.hf, &encode(values, dtype))?)
+        let rounded: Vec<f32> = values.iter().map(|x| rounded(*x, dtype)).collect();
+        Ok(self.out.write_bytes(&item.hf, &encode(&rounded, stored(self.format, dtype)))?)
     }
 
     fn finish(self: Box<Self>) -> Result<Unnamed, ExportError> {
@@ -101,6 +104,13 @@ impl Sink for Folder {
     fn tensors(&self) -> u64 {
         self.tensors
     }
+}
+
+/// The type in which floats that were rounded to `dtype` are stored. Beside
+/// packed weights transformers casts nothing and wants all floats, scales too, in
+/// one type: the one that loses no bit of any.
+fn stored(format: Format, dtype: Dtype) -> Dtype {
+    if format == Format::HfPacked { Dtype::F32 } else { dtype }
 }
 
 fn scale(item: &Item) -> String {
