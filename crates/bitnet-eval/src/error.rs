@@ -88,6 +88,30 @@ pub enum EvalError {
         /// The context.
         context: usize,
     },
+    /// A file that `bitnet-eval bench --json` did not write.
+    #[error("{path}: not the JSON of a bench: {why}")]
+    BenchFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A picture that could not be drawn.
+    #[error("{path}: cannot be drawn: {why}")]
+    Plot {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// A result could not be written.
+    #[error("{path}: cannot be written")]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// An option that makes no sense.
     #[error("{0}")]
     Usage(String),
@@ -111,9 +135,11 @@ impl EvalError {
             Self::Read { .. }
             | Self::Empty { .. }
             | Self::NotText { .. }
+            | Self::BenchFile { .. }
             | Self::Tokenizer { .. }
             | Self::TooShort { .. }
             | Self::NotFinite { .. } => Exit::BadInput,
+            Self::Plot { .. } | Self::Write { .. } => Exit::Failed,
             Self::LongContext { .. }
             | Self::Context { .. }
             | Self::Stride { .. }

@@ -10,6 +10,7 @@
 
 pub mod bench;
 mod error;
+pub mod growth;
 mod model;
 mod perplexity;
 mod source;

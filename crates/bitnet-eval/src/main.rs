@@ -1,5 +1,5 @@
 //! The `bitnet-eval` command: `perplexity` scores a packed model on token shards
-//! or a text, `bench` measures its speed.
+//! or a text, `bench` measures its speed, `growth` shows benches of many sizes.
 //!
 //! Exit codes: 0 done, 1 failed, 2 bad usage, 3 bad input file, 130 interrupted.
 
@@ -17,7 +17,7 @@ use bitnet_core::exit::{self, Exit, ExitError};
 use bitnet_data::Split;
 use bitnet_engine::{KvType, LoadOptions, Model, Session, SessionOptions, Tokenizer};
 use bitnet_eval::{
-    EngineModel, EvalError, Mode, Perplexity, PerplexityOptions, TokenSource, open_shards,
+    EngineModel, EvalError, Mode, Perplexity, PerplexityOptions, TokenSource, growth, open_shards,
     perplexity, read_text,
 };
 use bitnet_format::json::write_json;
@@ -45,6 +45,24 @@ struct Cli {
 enum Command {
     Perplexity(PerplexityArgs),
     Bench(BenchArgs),
+    Growth(GrowthArgs),
+}
+
+/// How speed changes with size: benches of several models as one table and plot
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  bitnet-eval growth 125m.json 700m.json 3b.json --plot growth.png
+
+Every JSON file is what `bitnet-eval bench --json FILE` wrote. The table (Markdown) goes
+to stdout; rows are a model in one setting, decode is its tg test, prefill its pp test.")]
+struct GrowthArgs {
+    /// Results of bitnet-eval bench
+    #[arg(required = true)]
+    bench: Vec<PathBuf>,
+    /// Draw tokens/s against ternary weights into FILE.png or FILE.svg
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
 }
 
 /// How likely a text is under a model: perplexity, nats per token, bits per byte
@@ -169,6 +187,7 @@ fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Perplexity(args) => run_perplexity(args),
         Command::Bench(args) => args.run(),
+        Command::Growth(args) => run_growth(args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -201,6 +220,15 @@ struct PerplexityReport<'a> {
     isa: &'static str,
     #[serde(flatten)]
     result: Perplexity,
+}
+
+fn run_growth(args: &GrowthArgs) -> anyhow::Result<()> {
+    let points = growth::read(&args.bench).map_err(coded)?;
+    if let Some(plot) = &args.plot {
+        growth::draw(&points, plot).map_err(coded)?;
+    }
+    let mut out = std::io::stdout().lock();
+    out.write_all(growth::table(&points).as_bytes()).and_then(|()| out.flush()).context("stdout")
 }
 
 fn run_perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
