@@ -1,7 +1,7 @@
 //! Vocabularies that GGUF files embed, made into tokenizers, give a thousand
 //! lines of mixed text (code, CJK, emoji, control characters) the ids that
-//! Hugging Face's tokenizers and Google's sentencepiece give them.
-//! (`fixtures/tokenizers/make.py` writes files and ids.)
+//! Hugging Face's tokenizers, Google's sentencepiece and (`default`) llama.cpp give
+//! them. (`fixtures/tokenizers/make*.py` write files and ids.)
 
 #![allow(clippy::unwrap_used)]
 
@@ -26,7 +26,7 @@ fn ids_are_those_of_other_tools() {
     let text = fs::read_to_string(folder.join("lines.json")).unwrap();
     let lines: Vec<String> = serde_json::from_str(&text).unwrap();
     assert_eq!(lines.len(), 1000);
-    for kind in ["llama-bpe", "gpt-2", "sentencepiece"] {
+    for kind in ["llama-bpe", "gpt-2", "default", "sentencepiece"] {
         let bytes = fs::read(folder.join(format!("{kind}.gguf"))).unwrap();
         let reader = Reader::parse(&bytes, kind).unwrap();
         let json = tokenizer_json(&reader).unwrap();
@@ -37,7 +37,7 @@ fn ids_are_those_of_other_tools() {
         let types = reader.get::<Vec<i32>>("tokenizer.ggml.token_type").unwrap();
         assert_eq!(again.token_types, types, "{kind}");
         assert_eq!(again.scores.is_some(), kind == "sentencepiece");
-        assert_eq!(again.add_bos, kind != "gpt-2");
+        assert_eq!(again.add_bos, ["llama-bpe", "sentencepiece"].contains(&kind));
         let mut tokenizer = tokenizers::Tokenizer::from_bytes(&json).unwrap();
         // Names of special tokens in a text are text.
         tokenizer.set_encode_special_tokens(kind == "sentencepiece");
