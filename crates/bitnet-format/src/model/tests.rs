@@ -295,3 +295,35 @@ fn pre_tokenizers_are_known_or_refused() {
     );
     assert!(of("qwen2").unwrap_err().contains("pre = \"qwen2\" is not supported"));
 }
+
+/// Keys, types, lengths, counts and offsets lie in turn.
+#[test]
+fn changed_bytes_are_errors_or_other_models_but_never_a_panic() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let good = fs::read(folder.join("tiny-tq2_0.gguf")).unwrap();
+    let head = Reader::parse(&good, "t").unwrap().data_start() as usize;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("t.gguf");
+    let mut state = 1u64;
+    let mut random = |n: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 33) as usize % n
+    };
+    let (mut refused, mut read) = (0, 0);
+    for case in 0..400 {
+        let mut bytes = good.clone();
+        for _ in 0..=random(3) {
+            let at = random(head);
+            bytes[at] = [0, 1, 255, random(256) as u8][random(4)];
+        }
+        if case % 8 == 0 {
+            bytes.truncate(random(good.len()));
+        }
+        fs::write(&path, bytes).unwrap();
+        match read_all(&path, &OpenOptions::default()) {
+            Ok(_) => read += 1,
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(refused > 50 && read > 50, "{refused} refused, {read} read");
+}
