@@ -9,7 +9,7 @@ use crate::ternary::{TernaryRows, TokensRef};
 use crate::{panel, rows};
 
 /// From this many tokens on, unpacking a panel of rows once pays.
-const PANEL_TOKENS: usize = 16;
+pub(crate) const PANEL_TOKENS: usize = 16;
 
 /// A layout as the kernels see it: 64-byte blocks of some planes of 64 codes.
 pub(crate) trait Codec: Copy {

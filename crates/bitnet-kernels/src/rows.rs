@@ -2,7 +2,7 @@
 //! once, four at a time, so that sums share activation vectors and reductions.
 
 use crate::mat::MatMut;
-use crate::product::Codec;
+use crate::product::{Codec, PANEL_TOKENS};
 use crate::simd::{Simd, array};
 use crate::ternary::{TernaryRows, TokensRef};
 
@@ -26,6 +26,9 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
     }
 }
 
+/// Rows whose sums are kept until they are finished together, in vectors.
+const CHUNK: usize = 32;
+
 /// `R` rows side by side. They lie an `R`-th of the matrix apart, so that each is
 /// a stream of its own that runs through memory without a gap: that is what the
 /// prefetchers of processors follow best. At most `most` tokens at a time.
@@ -38,48 +41,67 @@ fn streams<S: Simd, C: Codec, O: Copy, const R: usize>(
     finish: impl Fn(usize, i32) -> O + Copy,
     most: usize,
 ) {
+    if x.is_empty() {
+        return;
+    }
     let blocks = w.layout.row_bytes(w.cols) / 64;
     let bytes = w.bytes.as_chunks::<64>().0;
     let apart = w.len().div_ceil(R);
-    for n in 0..apart {
-        // Behind the last row it is repeated and its sum dropped.
-        let rows: [&[[u8; 64]]; R] = array!(R, r => {
-            let row = (n + r * apart).min(w.len() - 1);
-            &bytes[row * blocks..(row + 1) * blocks]
-        });
-        let mut t = 0;
-        while t < x.len() {
-            // Tiles of nearly one size: 5 and 4 tokens, not 8 and 1.
-            let left = x.len() - t;
-            let count = left.div_ceil(left.div_ceil(most));
-            let mut sums = [[0; R]; 8];
-            macro_rules! tile {
-                ($count:literal) => {{
-                    let acts = array!($count, i => token::<C>(&x, t + i, blocks));
-                    let tile: [[i32; R]; $count] = dot_block::<S, C, R, $count>(isa, rows, acts);
-                    sums[..$count].copy_from_slice(&tile);
-                }};
-            }
-            match count {
-                1 => sums[0] = dot_one::<S, C, R>(isa, rows, token::<C>(&x, t, blocks)),
-                2 => tile!(2),
-                3 => tile!(3),
-                4 if S::WIDE => tile!(4),
-                5 if R == 2 => tile!(5),
-                6 if R == 2 => tile!(6),
-                7 if R == 2 => tile!(7),
-                8 if R == 2 => tile!(8),
-                _ => unreachable!("a tile has at most `most` tokens"),
-            }
-            for (t, sums) in (t..).zip(&sums[..count]) {
-                let out = out.row(t);
-                for (r, &sum) in sums.iter().enumerate() {
-                    if let Some(out) = out.get_mut(n + r * apart) {
-                        *out = finish(t, sum);
+    let acts = array!(PANEL_TOKENS, t => token::<C>(&x, t.min(x.len() - 1), blocks));
+    let mut sums = [[[0i32; CHUNK]; R]; PANEL_TOKENS];
+    for first in (0..apart).step_by(CHUNK) {
+        let count = CHUNK.min(apart - first);
+        for i in 0..count {
+            // Behind the last row it is repeated and its sum dropped.
+            let rows: [&[[u8; 64]]; R] = array!(R, r => {
+                let row = (first + i + r * apart).min(w.len() - 1);
+                &bytes[row * blocks..(row + 1) * blocks]
+            });
+            let mut t = 0;
+            while t < x.len() {
+                macro_rules! tile {
+                    ($count:literal) => {{
+                        let acts = array!($count, j => acts[t + j]);
+                        let tile: [[i32; R]; $count] =
+                            dot_block::<S, C, R, $count>(isa, rows, acts);
+                        for (sums, tile) in sums[t..t + $count].iter_mut().zip(tile) {
+                            for r in 0..R {
+                                sums[r][i] = tile[r];
+                            }
+                        }
+                    }};
+                }
+                // Tiles of nearly one size: 5 and 4 tokens, not 8 and 1.
+                let left = x.len() - t;
+                let count = left.div_ceil(left.div_ceil(most));
+                match count {
+                    1 => {
+                        let one = dot_one::<S, C, R>(isa, rows, acts[t]);
+                        for r in 0..R {
+                            sums[t][r][i] = one[r];
+                        }
                     }
+                    2 => tile!(2),
+                    3 => tile!(3),
+                    4 if S::WIDE => tile!(4),
+                    5 if R == 2 => tile!(5),
+                    6 if R == 2 => tile!(6),
+                    7 if R == 2 => tile!(7),
+                    8 if R == 2 => tile!(8),
+                    _ => unreachable!("a tile has at most `most` tokens"),
+                }
+                t += count;
+            }
+        }
+        for (t, sums) in sums[..x.len()].iter().enumerate() {
+            let out = out.row(t);
+            for (r, sums) in sums.iter().enumerate() {
+                let start = (first + r * apart).min(out.len());
+                let end = (start + count).min(out.len());
+                for (out, &sum) in out[start..end].iter_mut().zip(sums) {
+                    *out = finish(t, sum);
                 }
             }
-            t += count;
         }
     }
 }
