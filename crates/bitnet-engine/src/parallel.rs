@@ -8,6 +8,7 @@
 //! so results do not depend on their number.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::EngineError;
 
@@ -64,8 +65,18 @@ impl Workers {
     pub(crate) fn run<R: Send>(&self, bytes: usize, f: impl FnOnce(Split) -> R + Send) -> R {
         match &self.0 {
             Some(pool) if bytes >= POOL_BYTES => {
-                let max_parts = pool.current_num_threads() * PARTS_PER_THREAD;
-                pool.install(|| f(Split { max_parts }))
+                let threads = pool.current_num_threads();
+                let max_parts = threads * PARTS_PER_THREAD;
+                pool.install(|| {
+                    let done = AtomicBool::new(false);
+                    let first = rayon::current_thread_index();
+                    let (mut f, mut result) = (Some(f), None);
+                    in_company(threads - 1, first, &done, &mut || {
+                        let _guard = SetOnDrop(&done);
+                        result = f.take().map(|f| f(Split { max_parts }));
+                    });
+                    result.expect("the pass has run")
+                })
             }
             _ => f(Split { max_parts: 1 }),
         }
@@ -74,6 +85,52 @@ impl Workers {
     /// Parts that a region has at most: how many scratch buffers it needs.
     pub(crate) fn max_parts(&self) -> usize {
         self.threads() * PARTS_PER_THREAD
+    }
+}
+
+/// Runs `f` while `others` threads of the pool stay awake: between two regions of a
+/// pass lie microseconds, and waking a thread takes longer.
+///
+/// All who stand by are queued before `f` queues anything, and a thief takes the
+/// oldest job of a queue. So once a part of a region is stolen, no standing by is
+/// left to be taken by a thread that waits for a part: it would not come back.
+fn in_company(
+    others: usize,
+    first: Option<usize>,
+    done: &AtomicBool,
+    f: &mut (dyn FnMut() + Send),
+) {
+    if others == 0 {
+        return f();
+    }
+    rayon::join(|| in_company(others - 1, first, done, f), || stand_by(first, done));
+}
+
+/// How often an idle thread looks for work before it lets others have the core.
+const SPINS: usize = 2000;
+
+/// Takes part in regions until the pass is `done`. On the thread that runs the
+/// pass itself there is nothing to wait for.
+fn stand_by(first: Option<usize>, done: &AtomicBool) {
+    let mut idle = 0;
+    while !done.load(Ordering::Acquire) && rayon::current_thread_index() != first {
+        match rayon::yield_now() {
+            Some(rayon::Yield::Executed) => idle = 0,
+            _ if idle < SPINS => {
+                idle += 1;
+                std::hint::spin_loop();
+            }
+            _ => std::thread::yield_now(),
+        }
+    }
+}
+
+/// Ends the standing by of the others, also where the pass panics.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
     }
 }
 
