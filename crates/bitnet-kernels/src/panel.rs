@@ -21,13 +21,8 @@ const UNIT: usize = 16;
 /// activations of a tile. Two blocks of a tile's rows in either layout.
 const PANEL_VECTORS: usize = 480;
 
-/// Most tokens for which a panel is unpacked once, and their bytes: a fraction of
-/// a second-level cache.
+/// Most tokens for which a panel is unpacked once.
 const TOKENS: usize = 256;
-const TOKEN_BYTES: usize = 512 << 10;
-
-/// Fewest tokens that pay for unpacking.
-const LEAST_TOKENS: usize = 64;
 
 /// Units in the largest tile.
 const MAX_UNITS: usize = 3;
@@ -52,23 +47,29 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
         panel: [const { MaybeUninit::uninit() }; PANEL_VECTORS],
         sums: [const { MaybeUninit::uninit() }; TOKENS * MAX_UNITS],
     };
-    let units = if S::WIDE { MAX_UNITS } else { 1 };
-    let tile_rows = UNIT * units;
-    let at_once = (TOKEN_BYTES / x.stride / 8 * 8).clamp(LEAST_TOKENS, TOKENS);
+    // Blocks of nearly one size, whole tiles of tokens each.
+    let at_once = x.len().div_ceil(x.len().div_ceil(TOKENS)).next_multiple_of(8);
     for first_token in (0..x.len()).step_by(at_once) {
         let tokens = first_token..x.len().min(first_token + at_once);
         let mut n = 0;
         while n < w.len() {
-            let (units, rows) = match w.len() - n {
-                left if left >= tile_rows => (units, tile_rows),
-                left => (1, left.min(UNIT)),
+            // Two and two units, not three and one.
+            let left = w.len() - n;
+            let units = match left {
+                _ if !S::WIDE => 1,
+                64..80 => 2,
+                48.. => 3,
+                32.. => 2,
+                _ => 1,
             };
+            let rows = left.min(UNIT * units);
             let part = w.rows(n, n + rows);
             let part_x = x.tokens(tokens.start, tokens.end);
-            if S::WIDE && units == MAX_UNITS {
-                panel_sums::<S, C, MAX_UNITS>(isa, part, part_x, &mut scratch);
-            } else {
-                panel_sums::<S, C, 1>(isa, part, part_x, &mut scratch);
+            match units {
+                1 => panel_sums::<S, C, 1>(isa, part, part_x, &mut scratch),
+                2 if S::WIDE => panel_sums::<S, C, 2>(isa, part, part_x, &mut scratch),
+                3 if S::WIDE => panel_sums::<S, C, 3>(isa, part, part_x, &mut scratch),
+                _ => unreachable!("at most {MAX_UNITS} units"),
             }
             for t in tokens.clone() {
                 let at = (t - tokens.start) * units;
