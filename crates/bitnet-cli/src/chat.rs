@@ -13,7 +13,7 @@ use bitnet_engine::{FinishReason, GenerateOptions, Generator, Model, Session, To
 use self::template::{Message, Role, Template};
 use crate::generate::{prompt_ids, show};
 use crate::interrupt;
-use crate::options::{RunArgs, SamplingArgs, open_model};
+use crate::options::{RunArgs, SamplingArgs, SourceArgs};
 
 /// Talk to a model, line by line
 ///
@@ -29,7 +29,8 @@ Examples:
 In the chat: /help, /reset forgets the conversation, /exit or Ctrl-D ends,
 Ctrl-C stops an answer.")]
 pub(crate) struct Args {
-    /// The packed model
+    /// Packed model; or a Hugging Face, checkpoint or run folder, or a GGUF file of
+    /// another tool, which is packed each time it is opened
     model: PathBuf,
     /// What the model is told before the conversation (chat models)
     #[arg(long, value_name = "TEXT")]
@@ -44,6 +45,8 @@ pub(crate) struct Args {
     sampling: SamplingArgs,
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    source: SourceArgs,
 }
 
 /// Room for the conversation where none is asked for: the cache of a long
@@ -58,7 +61,7 @@ Ctrl-C stops an answer. Every other line is said to the model.";
 static ANSWERING: AtomicBool = AtomicBool::new(false);
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let model = open_model(&args.model)?;
+    let model = args.source.open(&args.model)?;
     let mut chat = Chat::new(args, &model)?;
     interrupt::install(|| {
         if !ANSWERING.load(Ordering::SeqCst) {

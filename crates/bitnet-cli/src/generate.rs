@@ -11,7 +11,7 @@ use bitnet_format::json::write_json;
 use serde::Serialize;
 
 use crate::interrupt;
-use crate::options::{RunArgs, SamplingArgs, open_model};
+use crate::options::{RunArgs, SamplingArgs, SourceArgs};
 
 /// Let a model go on from a prompt
 ///
@@ -24,12 +24,15 @@ Examples:
   bitnet generate model.gguf \"Once upon a time\" --temperature 0
   bitnet generate model.gguf \"/// Returns\" --stop '}' --seed 7 --json result.json
   cat notes.txt | bitnet generate model.gguf -n 200
+  bitnet generate hugging-face-folder \"Once upon a time\"
+  bitnet generate ggml-model-i2_s.gguf \"Once upon a time\" --hidden-act relu2
 
 JSON keys: model, prompt, text, finish_reason (eos, stop, length, context, interrupted),
 prompt_tokens, generated_tokens, tokens (ids of the text), prefill_tokens_per_second,
 decode_tokens_per_second, seconds, seed, kv, head (stored, int8, int4), threads, isa.")]
 pub(crate) struct Args {
-    /// The packed model
+    /// Packed model; or a Hugging Face, checkpoint or run folder, or a GGUF file of
+    /// another tool, which is packed each time it is opened
     model: PathBuf,
     /// The text to go on from
     #[arg(conflicts_with = "prompt_file")]
@@ -47,6 +50,8 @@ pub(crate) struct Args {
     sampling: SamplingArgs,
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    source: SourceArgs,
     /// Write text and speed as JSON to FILE, or to stdout (instead of the text) with -
     #[arg(long, value_name = "FILE|-")]
     json: Option<String>,
@@ -74,7 +79,7 @@ struct Report {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let sampler = args.sampling.sampler(args.sampling.seed)?;
-    let model = open_model(&args.model)?;
+    let model = args.source.open(&args.model)?;
     let tokenizer = model.tokenizer().map_err(ExitError::from)?;
     let prompt = args.prompt()?;
     let ids = prompt_ids(&tokenizer, &prompt)?;

@@ -1,11 +1,11 @@
-//! Options that `generate` and `chat` share.
+//! Options that `generate`, `chat` and `inspect` share.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use bitnet_core::ExitError;
+use bitnet_core::{Activation, ExitError};
 use bitnet_engine::{
-    EngineError, HeadMode, KvType, LoadOptions, Model, Sampler, SamplerOptions, Session,
-    SessionOptions,
+    EngineError, HeadMode, KvType, LoadOptions, Model, OpenOptions, Sampler, SamplerOptions,
+    Session, SessionOptions,
 };
 use clap::{Args, ValueEnum};
 
@@ -108,10 +108,60 @@ impl RunArgs {
     }
 }
 
-/// Opens a model for running.
-///
-/// # Errors
-/// See [`Model::open`]; exit code 3.
-pub(crate) fn open_model(path: &Path) -> Result<Model, ExitError> {
-    Ok(Model::open(path, &LoadOptions { prefetch: true, ..LoadOptions::default() })?)
+/// What a model of another tool leaves open.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Models of other tools")]
+pub(crate) struct SourceArgs {
+    /// A tokenizer.json in place of the model's
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    #[command(flatten)]
+    weights: WeightArgs,
+}
+
+/// Those of them that concern its weights.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Models of other tools")]
+pub(crate) struct WeightArgs {
+    /// The activation of a GGUF file whose architecture means another one
+    #[arg(long, value_enum)]
+    hidden_act: Option<ActArg>,
+    /// Quantise a float model that was never trained for it: its quality collapses
+    #[arg(long, value_enum)]
+    ptq: Option<PtqArg>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ActArg {
+    Relu2,
+    Silu,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PtqArg {
+    Ternary,
+}
+
+impl WeightArgs {
+    pub(crate) fn options(&self) -> OpenOptions {
+        OpenOptions {
+            hidden_act: self.hidden_act.map(|act| match act {
+                ActArg::Relu2 => Activation::Relu2,
+                ActArg::Silu => Activation::Silu,
+            }),
+            ptq: self.ptq.is_some(),
+            ..OpenOptions::default()
+        }
+    }
+}
+
+impl SourceArgs {
+    /// Opens a model for running.
+    ///
+    /// # Errors
+    /// See [`Model::open`].
+    pub(crate) fn open(&self, path: &Path) -> Result<Model, ExitError> {
+        let source = OpenOptions { tokenizer: self.tokenizer.clone(), ..self.weights.options() };
+        Ok(Model::open(path, &LoadOptions { prefetch: true, source, ..LoadOptions::default() })?)
+    }
 }

@@ -2,6 +2,7 @@
 
 use bitnet_core::{ConfigError, Exit, ExitError};
 use bitnet_format::gguf::GgufError;
+use bitnet_format::pack::PackError;
 use bitnet_kernels::IsaError;
 
 /// A model that cannot be opened or run.
@@ -14,12 +15,9 @@ pub enum EngineError {
     /// The file is not a whole GGUF file, or a key or tensor of it is missing.
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    /// A GGUF file of another kind.
-    #[error(
-        "{file}: architecture `{found}` cannot be run: the engine runs `bitnet-packed` files; \
-         make one from a checkpoint with bitnet-export"
-    )]
-    Architecture { file: String, found: String },
+    /// A model of another tool that cannot be packed.
+    #[error(transparent)]
+    Pack(#[from] PackError),
     /// A key whose value cannot be used.
     #[error("{file}: key {key}: {why}")]
     Key { file: String, key: String, why: String },
@@ -72,9 +70,9 @@ impl EngineError {
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
+            Self::Pack(e) => e.exit(),
             Self::Io { .. }
             | Self::Gguf(_)
-            | Self::Architecture { .. }
             | Self::Key { .. }
             | Self::Config { .. }
             | Self::Tensor { .. }

@@ -21,13 +21,13 @@ const FORMAT_VERSION: u32 = 1;
 /// Tensors begin at multiples of this, so that any vector load is aligned.
 pub(crate) const ALIGNMENT: usize = 64;
 
-/// Checks a whole file; `file` is what errors call it.
-pub(crate) fn load(bytes: &[u8], file: &str) -> Result<Weights, EngineError> {
+/// Checks a whole packed file; none where it is of another architecture. `file` is
+/// what errors call it.
+pub(crate) fn load(bytes: &[u8], file: &str) -> Result<Option<Weights>, EngineError> {
     let reader = Reader::parse(bytes, file)?;
     let mut source = Source { reader: &reader, bytes, file, seen: HashSet::new() };
-    let found = reader.str("general.architecture")?;
-    if found != ARCHITECTURE {
-        return Err(EngineError::Architecture { file: file.into(), found: found.into() });
+    if reader.str("general.architecture")? != ARCHITECTURE {
+        return Ok(None);
     }
     let version: u32 = source.get("format_version")?;
     if version != FORMAT_VERSION {
@@ -64,7 +64,7 @@ pub(crate) fn load(bytes: &[u8], file: &str) -> Result<Weights, EngineError> {
     parts.metadata = bytes.len() as u64 - parts.total();
     let name = reader.find::<String>("general.name")?.unwrap_or_default();
     tracing::debug!(file, name, layers = layers.len(), "opened a packed model");
-    Ok(Weights {
+    Ok(Some(Weights {
         name,
         config,
         layout,
@@ -75,7 +75,7 @@ pub(crate) fn load(bytes: &[u8], file: &str) -> Result<Weights, EngineError> {
         final_norm,
         layers,
         parts,
-    })
+    }))
 }
 
 /// The configuration that the keys describe, validated. The embedding's type is

@@ -7,17 +7,19 @@ use std::time::Instant;
 
 use bitnet_core::names::{Linear, Norm};
 use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
-use bitnet_format::map::{Mmap, map};
+use bitnet_format::map::Mmap;
+use bitnet_format::model::OpenOptions;
 use bitnet_kernels::{DenseRows, Kernels, TernaryRows, repack_row};
 use half::{bf16, f16};
 
 use crate::error::EngineError;
 use crate::head::NestedHead;
 use crate::load::{self, ALIGNMENT};
+use crate::open::{self, Packing};
 use crate::parallel::{Rows, RowsMut, Split, Workers};
 use crate::tokenizer::Tokenizer;
 
-/// `general.architecture` of the files that [`Model::open`] reads.
+/// `general.architecture` of the files that [`Model::open`] uses in place.
 pub const ARCHITECTURE: &str = "bitnet-packed";
 
 /// How a model file is opened.
@@ -27,6 +29,9 @@ pub struct LoadOptions {
     pub verify: bool,
     /// Ask the system to read the file ahead, instead of page by page on use.
     pub prefetch: bool,
+    /// What a model of another tool leaves open. A packed file is packed anew
+    /// where these change it.
+    pub source: OpenOptions,
 }
 
 /// A packed model, memory-mapped. Cloning shares it.
@@ -39,6 +44,8 @@ pub(crate) struct Inner {
     pub(crate) map: Mmap,
     pub(crate) file: String,
     pub(crate) weights: Weights,
+    /// Where the file is not a packed one.
+    packing: Option<Packing>,
     /// A copy of the head in few bits, made for the first session that asks for it.
     pub(crate) nested: OnceLock<NestedHead>,
     /// The ternary rows in layout P2, made for the first session whose instruction
@@ -173,21 +180,26 @@ impl Model {
     /// Opens a packed model: maps it, checks every key and tensor against the
     /// configuration, and copies nothing but the norms.
     ///
+    /// A model of another tool (a Hugging Face folder, a checkpoint or run
+    /// folder, a GGUF file) is packed first, as `bitnet-export import` does, into
+    /// a temporary file without a name that is used like a packed one; a warning
+    /// says so. Memory holds one tensor of it at a time.
+    ///
     /// The file must not be rewritten in place or truncated while the model is
     /// in use; replacing it by rename is safe.
     ///
     /// # Errors
     /// A file that is missing, truncated, foreign, or whose keys and tensors do
-    /// not make the model they describe; the message names the part.
+    /// not make the model they describe; the message names the part. No room for
+    /// a temporary file.
     pub fn open(path: &Path, options: &LoadOptions) -> Result<Self, EngineError> {
         let file = path.display().to_string();
-        let map = map(path, options.prefetch)
-            .map_err(|source| EngineError::Io { file: file.clone(), source })?;
-        let weights = load::load(&map, &file)?;
+        let open::Opened { map, weights, packing } = open::open(path, &file, options)?;
         let model = Self(Arc::new(Inner {
             map,
             file,
             weights,
+            packing,
             nested: OnceLock::new(),
             repacked: OnceLock::new(),
         }));
@@ -222,6 +234,12 @@ impl Model {
     #[must_use]
     pub fn file(&self) -> &str {
         &self.0.file
+    }
+
+    /// How it was packed, where what was opened is no packed file.
+    #[must_use]
+    pub fn packing(&self) -> Option<&Packing> {
+        self.0.packing.as_ref()
     }
 
     /// The byte layout of the ternary matrices.

@@ -13,9 +13,10 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use bitnet_core::Activation;
 use bitnet_core::exit::{self, Exit, ExitError};
 use bitnet_data::Split;
-use bitnet_engine::{KvType, LoadOptions, Model, Session, SessionOptions, Tokenizer};
+use bitnet_engine::{KvType, LoadOptions, Model, OpenOptions, Session, SessionOptions, Tokenizer};
 use bitnet_eval::{
     EngineModel, EvalError, Mode, Perplexity, PerplexityOptions, TokenSource, growth, open_shards,
     perplexity, read_text,
@@ -76,6 +77,7 @@ Examples:
   bitnet-eval perplexity model.gguf --data data/corpus --context 256 --windows 64
   bitnet-eval perplexity model.gguf --text book.txt --mode llama-cpp --context 512
   bitnet-eval perplexity model.gguf --text book.txt --mode sliding --stride 128 --json -
+  bitnet-eval perplexity hugging-face-folder --text book.txt --ptq ternary
 
 Modes:
   windows    non-overlapping windows, every prediction scored (training's evaluation);
@@ -86,7 +88,8 @@ Modes:
 JSON keys: model, source, split, data_hash, mode, context, stride, kv, threads, isa,
 tokens, windows, nats, perplexity, bits_per_byte, bytes, tokens_per_second, seconds.")]
 struct PerplexityArgs {
-    /// The packed model
+    /// Packed model; or a Hugging Face, checkpoint or run folder, or a GGUF file of
+    /// another tool, which is packed each time it is opened
     model: PathBuf,
     /// Folder of token shards that bitnet-data wrote
     #[arg(long, value_name = "DIR", required_unless_present = "text", conflicts_with = "text")]
@@ -114,6 +117,49 @@ struct PerplexityArgs {
     windows: Option<u64>,
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    source: SourceArgs,
+}
+
+/// What a model of another tool leaves open.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Models of other tools")]
+struct SourceArgs {
+    /// A tokenizer.json in place of the model's
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// The activation of a GGUF file whose architecture means another one
+    #[arg(long, value_enum)]
+    hidden_act: Option<ActArg>,
+    /// Quantise a float model that was never trained for it: its quality collapses,
+    /// and this measures by how much
+    #[arg(long, value_enum)]
+    ptq: Option<PtqArg>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ActArg {
+    Relu2,
+    Silu,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PtqArg {
+    Ternary,
+}
+
+impl SourceArgs {
+    fn options(&self) -> OpenOptions {
+        OpenOptions {
+            hidden_act: self.hidden_act.map(|act| match act {
+                ActArg::Relu2 => Activation::Relu2,
+                ActArg::Silu => Activation::Silu,
+            }),
+            tokenizer: self.tokenizer.clone(),
+            ptq: self.ptq.is_some(),
+            without_text: false,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -178,7 +224,11 @@ impl RunArgs {
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
     let cli = Cli::parse();
     // Nothing here is worth saving: leave at once, with the documented code.
     if let Err(error) = ctrlc::set_handler(|| std::process::exit(Exit::Interrupted.code().into())) {
@@ -232,7 +282,8 @@ fn run_growth(args: &GrowthArgs) -> anyhow::Result<()> {
 }
 
 fn run_perplexity(args: &PerplexityArgs) -> anyhow::Result<()> {
-    let model = Model::open(&args.model, &LoadOptions::default()).map_err(coded)?;
+    let options = LoadOptions { source: args.source.options(), ..LoadOptions::default() };
+    let model = Model::open(&args.model, &options).map_err(coded)?;
     let tokenizer = model.tokenizer().map_err(coded)?;
     let limit = model.config().max_position_embeddings;
     let mode = match args.mode {

@@ -2,10 +2,9 @@
 //! opened as a model like any other, against the source.
 
 use bitnet_format::model::Source;
+use bitnet_format::pack::{Form, Item, Plan, for_chunks, rounded};
 
 use crate::format::Format;
-use crate::plan::{Form, Item, Plan};
-use crate::sink::{for_chunks, rounded};
 use crate::{ExportError, Step};
 
 /// Largest relative difference of a scale that is the mean of bf16 weights.

@@ -3,12 +3,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bitnet_core::{ConfigError, Exit, ExitError, MatrixError};
+use bitnet_core::{ConfigError, Exit, ExitError};
 use bitnet_engine::EngineError;
 use bitnet_format::gguf::GgufError;
 use bitnet_format::gguf::blocks::BlockError;
 use bitnet_format::hf::HfError;
 use bitnet_format::model::ModelError;
+use bitnet_format::pack::PackError;
 use bitnet_format::tokenizer::TokenizerError;
 
 use crate::format::Format;
@@ -18,16 +19,6 @@ use crate::format::Format;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages name the fields")]
 pub enum ExportError {
-    /// There is nothing of that name.
-    #[error("{}: there is no such folder", .0.display())]
-    NoFolder(PathBuf),
-    /// A folder without a checkpoint.
-    #[error(
-        "{}: holds no checkpoint (config.json and model.safetensors), and no checkpoints folder \
-         with one",
-        .0.display()
-    )]
-    NoCheckpoint(PathBuf),
     /// A folder stands where the file should go.
     #[error("{}: is a folder, the name of a file is needed", .0.display())]
     DestinationIsFolder(PathBuf),
@@ -71,13 +62,9 @@ pub enum ExportError {
     /// A file beside the weights makes no sense.
     #[error("{}: {what}", path.display())]
     Invalid { path: PathBuf, what: String },
-    /// A weight that is NaN or infinite, or becomes so in the type it is
-    /// stored in.
-    #[error("{}: tensor {tensor}, element {at:?}: {value} is not a finite {dtype}", path.display())]
-    NotFinite { path: PathBuf, tensor: String, at: Vec<usize>, value: f32, dtype: &'static str },
-    /// A matrix could not be packed.
-    #[error("tensor {tensor}")]
-    Matrix { tensor: String, source: MatrixError },
+    /// It cannot be packed.
+    #[error(transparent)]
+    Pack(#[from] PackError),
     /// A matrix could not be encoded.
     #[error("tensor {tensor}")]
     Block { tensor: String, source: BlockError },
@@ -115,13 +102,10 @@ impl ExportError {
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
-            Self::NoFolder(_)
-            | Self::NoCheckpoint(_)
-            | Self::Model(_)
-            | Self::Tokenizer(_)
-            | Self::Read { .. }
-            | Self::Invalid { .. }
-            | Self::NotFinite { .. } => Exit::BadInput,
+            Self::Pack(e) => e.exit(),
+            Self::Model(_) | Self::Tokenizer(_) | Self::Read { .. } | Self::Invalid { .. } => {
+                Exit::BadInput
+            }
             Self::DestinationIsFolder(_)
             | Self::DestinationHoldsOther(_)
             | Self::Format { .. }
@@ -130,7 +114,6 @@ impl ExportError {
             | Self::Set { .. }
             | Self::Shape(_) => Exit::Usage,
             Self::Space { .. }
-            | Self::Matrix { .. }
             | Self::Block { .. }
             | Self::Folder(_)
             | Self::ReadBack(_)

@@ -25,11 +25,8 @@ mod compare;
 mod error;
 mod format;
 mod golden;
-mod layout;
-mod plan;
 mod report;
 mod sink;
-mod source;
 mod synthetic;
 
 use std::ops::ControlFlow;
@@ -38,21 +35,17 @@ use std::time::Instant;
 
 use bitnet_core::{Dtype, ModelConfig};
 use bitnet_format::model::{self, Facts, Linears, Source};
-use bitnet_format::tokenizer::GgufTokenizer;
+use bitnet_format::pack::{self, Form, Keys, Plan};
 
-pub use bitnet_format::model::OpenOptions;
+pub use bitnet_format::model::{OpenOptions, find_checkpoint};
+pub use bitnet_format::pack::{AUTO_P2_BYTES, DenseType, LayoutChoice};
 pub use error::ExportError;
 pub use format::Format;
 pub use golden::GOLDEN_TOLERANCE;
-pub use layout::{AUTO_P2_BYTES, LayoutChoice};
-pub use plan::DenseType;
 pub use report::Report;
-pub use source::find_checkpoint;
 pub use synthetic::{SyntheticOptions, SyntheticReport, model_config, synthesize};
 
 use error::Named;
-use plan::{Form, Plan};
-use sink::Keys;
 
 /// What an export may choose.
 #[derive(Debug, Clone, Default)]
@@ -121,30 +114,23 @@ pub fn export_with(
     let start = Instant::now();
     let format = options.format;
     check_destination(src, dst, format)?;
-    let source = source::open(src, &options.open)?;
+    let source = model::open(src, &options.open)?;
     let facts = source.facts();
     let config = &facts.config;
     format.check(config).map_err(|what| ExportError::Format { format, what })?;
-    let tokenizer = tokenizer(facts)?;
+    let tokenizer = pack::tokenizer(facts)?;
     let (layout, layout_reason) = options.layout.resolve(config);
     let form = linear_form(facts, format, options.dense);
     let plan = Plan::new(config, layout, form);
     let name = options.name.clone().unwrap_or_else(|| facts.name.clone());
     tracing::debug!(source = %source.path().display(), name, "writing");
-    let golden = facts.golden.as_ref().filter(|_| keeps_golden(facts, format, form));
+    let has_place = matches!(format, Format::Packed | Format::HfPacked);
+    let golden = pack::golden(facts, form).filter(|_| has_place);
 
-    let keys = Keys {
-        config,
-        name: &name,
-        golden,
-        tokenizer: &tokenizer,
-        special: facts.text.special,
-        eot: facts.text.eot,
-        chat_template: facts.text.chat_template.as_deref(),
-    };
+    let keys = Keys::of(facts, &name, golden, &tokenizer);
     let mut sink = sink::create(format, dst, &keys, &plan)?;
     let mut step = Step::new(Phase::Pack, &plan, progress);
-    sink::write(&*source, &plan, &mut *sink, &mut step)?;
+    pack::write(&*source, &plan, &mut *sink, &mut |parameters| step.add(parameters))?;
     let tensors = sink.tensors();
     let linear_bytes = linear_bytes(&plan, &*sink);
     let out = sink.finish()?;
@@ -190,12 +176,6 @@ fn check_destination(src: &Path, dst: &Path, format: Format) -> Result<(), Expor
     Ok(())
 }
 
-/// The tokenizer, checked against the model.
-fn tokenizer(facts: &Facts) -> Result<GgufTokenizer, ExportError> {
-    let text = &facts.text;
-    Ok(GgufTokenizer::parse(&text.tokenizer, facts.config.vocab_size, &text.tokenizer_file)?)
-}
-
 /// The form of the linear layers.
 fn linear_form(facts: &Facts, format: Format, dense: DenseType) -> Form {
     match (format, facts.linears) {
@@ -205,16 +185,6 @@ fn linear_form(facts: &Facts, format: Format, dense: DenseType) -> Form {
         (_, Linears::Floats) => Form::Float(Dtype::F16),
         (_, Linears::Trits | Linears::Masters) => Form::Ternary,
     }
-}
-
-/// Whether the output computes what training computed, and has a place for it.
-/// (Embedding and head are rounded to the type that training rounds them to.)
-fn keeps_golden(facts: &Facts, format: Format, form: Form) -> bool {
-    let exact = match form {
-        Form::Ternary => true,
-        Form::Float(dtype) => dtype == Dtype::F32 || dtype == facts.linear_dtype,
-    };
-    exact && matches!(format, Format::Packed | Format::HfPacked)
 }
 
 /// What was written says the same configuration, but for a head size that is

@@ -243,6 +243,7 @@ fn pack(
             }),
             tokenizer: args.tokenizer.clone(),
             ptq: args.ptq.is_some(),
+            without_text: false,
         },
     };
     // Clap asks for both where there is no subcommand.

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use bitnet_format::model::Source;
+use bitnet_format::pack::Plan;
 use serde::Serialize;
 
 use crate::compare::Counts;
 use crate::format::Format;
-use crate::plan::Plan;
 
 /// What an export did; the keys of `--json` are these fields.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -16,4 +16,5 @@ pub mod hf;
 pub mod json;
 pub mod map;
 pub mod model;
+pub mod pack;
 pub mod tokenizer;

@@ -14,15 +14,22 @@ pub use memmap2::Mmap;
 ///
 /// # Errors
 /// The file cannot be opened, is not a regular file, or cannot be mapped.
-#[allow(unsafe_code)]
 pub fn map(path: &Path, prefetch: bool) -> io::Result<Mmap> {
-    let file = File::open(path)?;
+    map_file(&File::open(path)?, prefetch)
+}
+
+/// [`map`] of an open file, which may have no name.
+///
+/// # Errors
+/// As [`map`].
+#[allow(unsafe_code)]
+pub fn map_file(file: &File, prefetch: bool) -> io::Result<Mmap> {
     if !file.metadata()?.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"));
     }
     // SAFETY: the map is read-only and private to this process. That no other
     // process shrinks or rewrites the file in place is the documented condition.
-    let map = unsafe { Mmap::map(&file)? };
+    let map = unsafe { Mmap::map(file)? };
     #[cfg(unix)]
     if prefetch && !map.is_empty() {
         // Advice alone: without it the pages are read on use.

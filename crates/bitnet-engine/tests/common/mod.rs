@@ -170,7 +170,14 @@ impl RandomModel {
     pub fn open_in(&self, layout: Layout) -> (Model, tempfile::TempDir) {
         let dir = tempfile::tempdir().unwrap();
         let path = self.file_in(layout).write(&dir);
-        (Model::open(&path, &LoadOptions { verify: true, prefetch: true }).unwrap(), dir)
+        (
+            Model::open(
+                &path,
+                &LoadOptions { verify: true, prefetch: true, ..LoadOptions::default() },
+            )
+            .unwrap(),
+            dir,
+        )
     }
 }
 

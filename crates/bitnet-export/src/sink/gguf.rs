@@ -6,11 +6,11 @@ use bitnet_format::atomic::AtomicFile;
 use bitnet_format::gguf::blocks::encode_ternary;
 use bitnet_format::gguf::{DEFAULT_ALIGNMENT, GgmlType, GgufError, Header, Writer};
 use bitnet_format::hf::Trits;
+use bitnet_format::pack::{self, Form, Item, Keys, Plan, encode, gguf_type};
 
-use super::{Keys, Sink, Unnamed, encode, gguf_type};
+use super::{Sink, Unnamed};
 use crate::ExportError;
 use crate::format::{Format, architecture};
-use crate::plan::{Form, Item, Plan};
 
 /// A file that is being written.
 pub(super) struct Gguf {
@@ -78,7 +78,9 @@ fn has_scale(ty: GgmlType) -> bool {
     ty != GgmlType::I2_S
 }
 
-impl Sink for Gguf {
+impl pack::Sink for Gguf {
+    type Error = ExportError;
+
     fn ternary(&mut self, item: &Item, trits: &Trits) -> Result<(), ExportError> {
         let permuted = self.rows(item, &trits.values);
         let values = permuted.as_deref().unwrap_or(&trits.values);
@@ -101,7 +103,9 @@ impl Sink for Gguf {
         let values = permuted.as_deref().unwrap_or(values);
         Ok(self.out.write(&item.weight(), &encode(values, dtype))?)
     }
+}
 
+impl Sink for Gguf {
     fn finish(self: Box<Self>) -> Result<Unnamed, ExportError> {
         Ok(Unnamed::File(self.out.finish()?))
     }

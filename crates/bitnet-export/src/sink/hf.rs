@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use bitnet_core::{Dtype, WeightQuantizer};
 use bitnet_format::atomic::{AtomicDir, write_atomic};
 use bitnet_format::hf::{Stored, TensorFileWriter, Trits, to_json};
+use bitnet_format::pack::{self, Form, Item, Keys, Plan, encode, rounded};
 use half::bf16;
 use serde_json::{Value, json};
 
-use super::{Keys, Sink, Unnamed, encode, rounded};
+use super::{Sink, Unnamed};
 use crate::ExportError;
 use crate::error::Named;
 use crate::format::Format;
-use crate::plan::{Form, Item, Plan};
 
 /// A folder that is being filled.
 pub(super) struct Folder {
@@ -75,7 +75,9 @@ impl Folder {
     }
 }
 
-impl Sink for Folder {
+impl pack::Sink for Folder {
+    type Error = ExportError;
+
     fn ternary(&mut self, item: &Item, trits: &Trits) -> Result<(), ExportError> {
         if self.format == Format::HfPacked {
             self.out.write_bytes(&item.hf, &quarters(item, &trits.values))?;
@@ -88,7 +90,9 @@ impl Sink for Folder {
         let rounded: Vec<f32> = values.iter().map(|x| rounded(*x, dtype)).collect();
         Ok(self.out.write_bytes(&item.hf, &encode(&rounded, stored(self.format, dtype)))?)
     }
+}
 
+impl Sink for Folder {
     fn finish(self: Box<Self>) -> Result<Unnamed, ExportError> {
         self.out.commit()?;
         Ok(Unnamed::Folder(self.folder))

@@ -3,8 +3,7 @@
 
 use bitnet_core::matrix::{BLOCK_BYTES, p5_byte};
 use bitnet_core::{Dtype, Layout};
-
-use crate::sink::encode;
+use bitnet_format::pack::encode;
 
 /// So many of the 256 values of a random byte give -1, and as many 1.
 const MINUS: u8 = 74;

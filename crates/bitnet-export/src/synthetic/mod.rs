@@ -20,16 +20,14 @@ use std::time::Instant;
 use bitnet_core::{ConfigError, Dtype, ModelConfig};
 use bitnet_format::atomic::AtomicFile;
 use bitnet_format::gguf::{GgufError, Header, Writer};
+use bitnet_format::pack::{DenseType, Form, Item, Keys, LayoutChoice, Plan, header};
 use rayon::prelude::*;
 use serde::Serialize;
 
 pub use config::model_config;
 
 use crate::error::Named;
-use crate::layout::LayoutChoice;
-use crate::plan::{DenseType, Form, Item, Plan};
 use crate::report::grouped;
-use crate::sink::{Keys, packed};
 use crate::{ExportError, Phase, Progress};
 use fill::{Fill, Rng, ZEROS};
 
@@ -114,7 +112,7 @@ pub fn synthesize(
         eot: None,
         chat_template: None,
     };
-    let header = packed::header(&keys, &plan)?;
+    let header = header(&keys, &plan)?;
     drop(tokenizer);
     let total = file_bytes(&header)?;
     space::check(dst, total)?;

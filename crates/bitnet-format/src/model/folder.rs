@@ -80,12 +80,15 @@ fn name(folder: &Path) -> String {
 }
 
 fn text(folder: &Path, options: &OpenOptions, special: SpecialTokens) -> Result<Text, ModelError> {
+    if options.without_text {
+        return Ok(Text::default());
+    }
     let (tokenizer, tokenizer_file) = match given_tokenizer(options)? {
         Some(given) => given,
         None => {
             let file = folder.join("tokenizer.json");
-            let text = fs::read_to_string(&file)
-                .map_err(|source| ModelError::Read { path: file.clone(), source })?;
+            let missing = || ModelError::NoTokenizer(folder.into());
+            let text = read_if_there(&file)?.ok_or_else(missing)?;
             (text, file.display().to_string())
         }
     };

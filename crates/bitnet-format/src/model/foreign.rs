@@ -14,7 +14,7 @@ use super::{
 use crate::gguf::blocks::{self, BlockError, decode_ternary, trits_of_floats};
 use crate::gguf::{Directory, GgmlType};
 use crate::hf::Trits;
-use crate::tokenizer::{CHAT_TEMPLATE_KEY, special_tokens};
+use crate::tokenizer::{CHAT_TEMPLATE_KEY, HUGGINGFACE_KEY, special_tokens};
 
 /// The architectures that are read, the activation that each means, and whether
 /// rows of q and k are permuted for rotary pairs of neighbours.
@@ -402,8 +402,15 @@ impl Reading<'_> {
     }
 
     fn text(&self, config: &ModelConfig, options: &OpenOptions) -> Result<Text, ModelError> {
+        if options.without_text {
+            return Ok(Text::default());
+        }
+        let holds_one = [HUGGINGFACE_KEY, "tokenizer.ggml.model"]
+            .iter()
+            .any(|key| self.dir.value(key).is_some());
         let (tokenizer, tokenizer_file) = match given_tokenizer(options)? {
             Some(given) => given,
+            None if !holds_one => return Err(ModelError::NoTokenizer(self.file.path.clone())),
             None => (
                 vocabulary::tokenizer_json(self.dir)?,
                 format!("{}: its tokenizer", self.file.name),

@@ -5,6 +5,7 @@
 //! ternary, floats), GGUF files of others, and packed files of our own. What
 //! reads a [`Source`] need not know which it is.
 
+mod find;
 mod folder;
 mod foreign;
 mod gguf_file;
@@ -25,6 +26,7 @@ use crate::gguf::blocks::BlockError;
 use crate::hf::{HfError, SpecialTokens, Trits};
 use crate::tokenizer::TokenizerError;
 
+pub use find::find_checkpoint;
 pub use keys::{ARCHITECTURE, FORMAT_VERSION, put_own_config, put_own_golden};
 pub use vocabulary::tokenizer_json;
 
@@ -115,6 +117,8 @@ pub struct OpenOptions {
     pub hidden_act: Option<Activation>,
     /// A `tokenizer.json` that takes the place of the file's.
     pub tokenizer: Option<PathBuf>,
+    /// Leave tokenizer and chat template out: for looking at weights alone.
+    pub without_text: bool,
     /// Take the float weights of a dense model for master weights and quantise
     /// them: a measurement, since the quality collapses.
     pub ptq: bool,
@@ -133,6 +137,23 @@ pub enum ModelError {
     /// A tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// There is nothing of that name.
+    #[error("{}: there is no such folder", .0.display())]
+    NoFolder(PathBuf),
+    /// A folder without a model.
+    #[error(
+        "{}: holds no checkpoint (config.json and model.safetensors), and no checkpoints folder \
+         with one",
+        .0.display()
+    )]
+    NoCheckpoint(PathBuf),
+    /// A model without a tokenizer.
+    #[error(
+        "{}: holds no tokenizer; --tokenizer FILE gives one (bitnet-export import has it, where \
+         another command has not)",
+        .0.display()
+    )]
+    NoTokenizer(PathBuf),
     /// A file that cannot be read.
     #[error("{}: cannot be read", path.display())]
     Read { path: PathBuf, source: std::io::Error },
@@ -156,14 +177,23 @@ pub enum ModelError {
     NotFinite { path: PathBuf, tensor: String, at: Vec<usize>, value: f32 },
 }
 
-/// Opens a model: a Hugging Face folder, a GGUF file, or a packed file.
+impl OpenOptions {
+    /// Whether they change anything about a packed file of our own.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        self.hidden_act.is_none() && self.tokenizer.is_none() && !self.ptq
+    }
+}
+
+/// Opens a model: a Hugging Face folder (or see [`find_checkpoint`]), a GGUF
+/// file, or a packed file.
 ///
 /// # Errors
 /// A file that is missing, foreign or broken, and a model that this project
 /// cannot run; the message names the path and the part.
 pub fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Source>, ModelError> {
     if path.is_dir() {
-        return Ok(Box::new(folder::Folder::open(path, options)?));
+        return Ok(Box::new(folder::Folder::open(&find_checkpoint(path)?, options)?));
     }
     let file = gguf_file::GgufFile::open(path)?;
     if file.architecture()? == ARCHITECTURE {

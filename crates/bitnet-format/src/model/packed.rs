@@ -10,7 +10,7 @@ use super::{
     Facts, Linears, ModelError, OpenOptions, Source, Text, check_golden, given_tokenizer, keys,
     quantise_later, quantised, refuse_activation,
 };
-use crate::gguf::{GgmlType, GgufError, blocks};
+use crate::gguf::{Directory, GgmlType, GgufError, blocks};
 use crate::hf::Trits;
 use crate::tokenizer::{CHAT_TEMPLATE_KEY, HUGGINGFACE_KEY, special_tokens};
 
@@ -37,17 +37,7 @@ impl Packed {
                 what: format!("golden logits: {e}"),
             })?;
         }
-        let (tokenizer, tokenizer_file) = match given_tokenizer(options)? {
-            Some(given) => given,
-            None => (dir.get(HUGGINGFACE_KEY)?, format!("{}: key {HUGGINGFACE_KEY}", file.name)),
-        };
-        let text = Text {
-            tokenizer,
-            tokenizer_file,
-            special: special_tokens(&dir)?,
-            eot: dir.find("tokenizer.ggml.eot_token_id")?,
-            chat_template: dir.find(CHAT_TEMPLATE_KEY)?,
-        };
+        let text = text(&file, &dir, options)?;
         let name = dir.find("general.name")?.unwrap_or_else(|| "model".to_owned());
         check_tensors(&file, &config, layout)?;
         let linear_dtype = file.dtype(&Tensor::Linear(0, Linear::Q).gguf());
@@ -64,6 +54,24 @@ impl Packed {
         file.forget_head();
         Ok(Self { file, layout, facts })
     }
+}
+
+/// Tokenizer and chat template.
+fn text(file: &GgufFile, dir: &Directory<'_>, options: &OpenOptions) -> Result<Text, ModelError> {
+    if options.without_text {
+        return Ok(Text::default());
+    }
+    let (tokenizer, tokenizer_file) = match given_tokenizer(options)? {
+        Some(given) => given,
+        None => (dir.get(HUGGINGFACE_KEY)?, format!("{}: key {HUGGINGFACE_KEY}", file.name)),
+    };
+    Ok(Text {
+        tokenizer,
+        tokenizer_file,
+        special: special_tokens(dir)?,
+        eot: dir.find("tokenizer.ggml.eot_token_id")?,
+        chat_template: dir.find(CHAT_TEMPLATE_KEY)?,
+    })
 }
 
 /// Every tensor is there, in its shape and a type that is read.

@@ -1,20 +1,19 @@
-//! What an export reads: the model that a path names.
+//! Which folder a path means: a model's own, or the newest checkpoint of a run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bitnet_format::model::{self, OpenOptions, Source};
+use super::ModelError;
 
-use crate::ExportError;
-
-/// The checkpoint that a path names: the folder itself where it holds one, else
-/// the newest (the highest step) in it or in its `checkpoints` folder.
+/// The folder of a model that a path names: the path itself where it holds one,
+/// else the newest checkpoint (the highest step) in it or in its `checkpoints`
+/// folder.
 ///
 /// # Errors
-/// A path that is no folder, or a folder without a checkpoint.
-pub fn find_checkpoint(path: &Path) -> Result<PathBuf, ExportError> {
+/// A path that is no folder, or a folder without a model.
+pub fn find_checkpoint(path: &Path) -> Result<PathBuf, ModelError> {
     if !path.is_dir() {
-        return Err(ExportError::NoFolder(path.into()));
+        return Err(ModelError::NoFolder(path.into()));
     }
     if holds_weights(path) {
         return Ok(path.into());
@@ -29,15 +28,7 @@ pub fn find_checkpoint(path: &Path) -> Result<PathBuf, ExportError> {
     if path.join("config.json").exists() {
         return Ok(path.into());
     }
-    Err(ExportError::NoCheckpoint(path.into()))
-}
-
-/// Opens the model that a path names: a GGUF file, or see [`find_checkpoint`].
-pub(crate) fn open(path: &Path, options: &OpenOptions) -> Result<Box<dyn Source>, ExportError> {
-    if path.is_file() {
-        return Ok(model::open(path, options)?);
-    }
-    Ok(model::open(&find_checkpoint(path)?, options)?)
+    Err(ModelError::NoCheckpoint(path.into()))
 }
 
 fn holds_weights(folder: &Path) -> bool {

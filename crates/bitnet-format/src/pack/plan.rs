@@ -18,7 +18,7 @@ pub enum DenseType {
 
 /// The form of a tensor in the output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Form {
+pub enum Form {
     /// Ternary values and a scale.
     Ternary,
     /// Floats of this type.
@@ -27,18 +27,21 @@ pub(crate) enum Form {
 
 /// A tensor of the model and its form.
 #[derive(Debug, Clone)]
-pub(crate) struct Item {
-    pub(crate) tensor: Tensor,
+pub struct Item {
+    /// The tensor.
+    pub tensor: Tensor,
     /// Its name in checkpoints.
-    pub(crate) hf: String,
+    pub hf: String,
     /// Its name in GGUF files, without `.weight` and `.scale`.
-    pub(crate) gguf: String,
-    /// Its rows and columns; a norm is one row.
-    pub(crate) rows: usize,
-    pub(crate) cols: usize,
+    pub gguf: String,
+    /// Its rows; a norm has one.
+    pub rows: usize,
+    /// Its columns.
+    pub cols: usize,
     /// A norm has one dimension in all files.
-    pub(crate) is_vector: bool,
-    pub(crate) form: Form,
+    pub is_vector: bool,
+    /// Its form in the output.
+    pub form: Form,
 }
 
 impl Item {
@@ -49,30 +52,39 @@ impl Item {
         Self { tensor, hf: tensor.hf(), gguf, rows, cols, is_vector: tensor.is_norm(), form }
     }
 
-    pub(crate) fn elements(&self) -> usize {
+    /// How many values it has.
+    #[must_use]
+    pub fn elements(&self) -> usize {
         self.rows * self.cols
     }
 
-    pub(crate) fn weight(&self) -> String {
+    /// The name of its values in GGUF files.
+    #[must_use]
+    pub fn weight(&self) -> String {
         format!("{}.weight", self.gguf)
     }
 
-    pub(crate) fn scale(&self) -> String {
+    /// The name of its scale in GGUF files.
+    #[must_use]
+    pub fn scale(&self) -> String {
         format!("{}.scale", self.gguf)
     }
 
     /// Whether it is the weight of a linear layer.
-    pub(crate) fn is_linear(&self) -> bool {
+    #[must_use]
+    pub fn is_linear(&self) -> bool {
         matches!(self.tensor, Tensor::Linear(..))
     }
 
     /// The position of an element, as errors show it.
-    pub(crate) fn position(&self, element: usize) -> Vec<usize> {
+    #[must_use]
+    pub fn position(&self, element: usize) -> Vec<usize> {
         if self.is_vector { vec![element] } else { vec![element / self.cols, element % self.cols] }
     }
 
     /// The dimensions in a GGUF file, the fastest first, for rows of `cols`.
-    pub(crate) fn gguf_dims(&self, cols: usize) -> Vec<u64> {
+    #[must_use]
+    pub fn gguf_dims(&self, cols: usize) -> Vec<u64> {
         let rows = (!self.is_vector).then_some(self.rows as u64);
         [cols as u64].into_iter().chain(rows).collect()
     }
@@ -80,15 +92,17 @@ impl Item {
 
 /// All tensors of an output, in its order.
 #[derive(Debug, Clone)]
-pub(crate) struct Plan {
+pub struct Plan {
     /// Byte layout of the ternary matrices of a packed file.
-    pub(crate) layout: Layout,
-    pub(crate) items: Vec<Item>,
+    pub layout: Layout,
+    /// The tensors.
+    pub items: Vec<Item>,
 }
 
 impl Plan {
     /// The plan of a model whose linear layers have the form `linear`.
-    pub(crate) fn new(config: &ModelConfig, layout: Layout, linear: Form) -> Self {
+    #[must_use]
+    pub fn new(config: &ModelConfig, layout: Layout, linear: Form) -> Self {
         let form = |tensor| match tensor {
             Tensor::Embedding | Tensor::Head => Form::Float(config.embedding_dtype),
             Tensor::Norm(..) | Tensor::FinalNorm => Form::Float(Dtype::F32),
@@ -100,7 +114,8 @@ impl Plan {
 
     /// The form of the linear layers in a packed file; `stored` is their type
     /// where they are floats.
-    pub(crate) fn packed_form(config: &ModelConfig, dense: DenseType, stored: Dtype) -> Form {
+    #[must_use]
+    pub fn packed_form(config: &ModelConfig, dense: DenseType, stored: Dtype) -> Form {
         match (config.weight_quantizer, dense) {
             (WeightQuantizer::Ternary, _) => Form::Ternary,
             (WeightQuantizer::None, DenseType::Auto) => Form::Float(stored),
@@ -109,7 +124,9 @@ impl Plan {
         }
     }
 
-    pub(crate) fn parameters(&self) -> u64 {
+    /// Parameters of the model.
+    #[must_use]
+    pub fn parameters(&self) -> u64 {
         self.items.iter().map(|i| i.elements() as u64).sum()
     }
 }
