@@ -1,26 +1,36 @@
-//! `bitnet inspect`: what is in a model file or a checkpoint folder.
+//! `bitnet inspect`: what is in a model file or folder, and what differs between
+//! two.
+
+mod diff;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::anyhow;
 use bitnet_core::config::ParameterCount;
+use bitnet_core::exit;
 use bitnet_core::matrix::BLOCK_BYTES;
-use bitnet_core::{ExitError, Layout, ModelConfig, WeightQuantizer, names};
-use bitnet_engine::{ARCHITECTURE, LoadOptions, Model};
+use bitnet_core::{Dtype, ExitError, Layout, ModelConfig, WeightQuantizer};
+use bitnet_engine::{ARCHITECTURE, LoadOptions, Model, OpenOptions};
 use bitnet_format::gguf::{Directory, read_head};
-use bitnet_format::hf::Checkpoint;
+use bitnet_format::hf::TensorFile;
 use bitnet_format::json::write_json;
+use bitnet_format::model::{self, Facts, Linears, Source, find_checkpoint};
+use bitnet_format::pack::{DenseType, Form, Plan, for_chunks};
 use serde::Serialize;
 
 use crate::generate::show;
+use crate::options::WeightArgs;
 use crate::table::{Table, bytes, thousands};
 
-/// Show what a model file or a checkpoint folder holds
+/// Show what a model file or folder holds, or what differs between two
 ///
 /// Configuration, bytes by part, bits per ternary weight and the tensors. Reads
-/// packed models, GGUF files of other programs (their tensors and keys) and
-/// checkpoint folders.
+/// packed models, GGUF files of other programs (their tensors and keys too),
+/// checkpoint and run folders and Hugging Face folders. --diff compares two of
+/// any of these tensor by tensor, as the engine uses them: ternary values (master
+/// weights are quantised), scales, floats and configuration, but no tokenizers.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -28,13 +38,24 @@ Examples:
   bitnet inspect model.gguf --verify --tensors
   bitnet inspect runs/quickstart/run/checkpoints/00000300
   bitnet inspect model.gguf --json - | jq .parts
+  bitnet inspect --diff model.gguf hugging-face-folder
 
-JSON keys: path, kind (packed, gguf, checkpoint), bytes, name, architecture, layout,
+JSON keys: path, kind (packed, gguf, checkpoint, folder), source (what kind of model, in
+words), refused (why the engine does not run it), bytes, name, architecture, layout,
 config, parameters, parts, bits_per_ternary_weight {stored, unpadded}, verified,
-tensors [{name, type, shape, bytes}], keys (kind gguf only).")]
+tensors [{name, type, shape, bytes}], keys (kind gguf only).
+With --diff: a, b, equal, config [{key, a, b}], missing (in A alone), extra (in B alone),
+tensors [{name, equal, kind (ternary, float), shapes, different, values, first, scales,
+scale_relative_difference, largest_difference}].
+
+Exit codes with --diff: 0 equal, 1 different, 2 bad usage, 3 a model that cannot be read.")]
 pub(crate) struct Args {
-    /// Packed model, GGUF file or checkpoint folder
-    model: PathBuf,
+    /// Packed model, GGUF file, checkpoint, run or Hugging Face folder
+    #[arg(required_unless_present = "diff", conflicts_with = "diff")]
+    model: Option<PathBuf>,
+    /// Compare two models
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["verify", "tensors"])]
+    diff: Vec<PathBuf>,
     /// Read every weight and check that it is valid
     #[arg(long)]
     verify: bool,
@@ -44,20 +65,38 @@ pub(crate) struct Args {
     /// Write the result as JSON to FILE, or to stdout with -
     #[arg(long, value_name = "FILE|-")]
     json: Option<String>,
+    #[command(flatten)]
+    weights: WeightArgs,
 }
 
-pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let report = if args.model.is_dir() {
-        checkpoint(&args.model, args.verify)?
-    } else {
-        gguf(&args.model, args.verify)?
-    };
-    if args.json.as_deref() != Some("-") {
-        show(&report.render(args.tensors))?;
+/// Runs the command; its exit code tells whether two models are equal.
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    if let [a, b] = &args.diff[..] {
+        let found = diff::diff(a, b, &args.weights.options())?;
+        args.print(&found.render(), &found)?;
+        return Ok(if found.equal { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
-    match &args.json {
-        Some(dest) => Ok(write_json(dest, &report)?),
-        None => Ok(()),
+    // Clap asks for it where there is no --diff.
+    let path = args.model.as_deref().unwrap_or("".as_ref());
+    let report = if path.is_dir() { folder(path, args)? } else { gguf(path, args)? };
+    args.print(&report.render(args.tensors), &report)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Args {
+    fn print(&self, table: &str, result: &impl Serialize) -> anyhow::Result<()> {
+        if self.json.as_deref() != Some("-") {
+            show(table)?;
+        }
+        match &self.json {
+            Some(dest) => Ok(write_json(dest, result)?),
+            None => Ok(()),
+        }
+    }
+
+    /// How weights are read for looking at them.
+    fn weights_alone(&self) -> OpenOptions {
+        OpenOptions { without_text: true, ..self.weights.options() }
     }
 }
 
@@ -66,6 +105,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 struct Report {
     path: PathBuf,
     kind: &'static str,
+    /// The kind of model, in words.
+    source: Option<String>,
+    /// Why the engine does not run it.
+    refused: Option<String>,
     bytes: u64,
     name: Option<String>,
     architecture: Option<String>,
@@ -126,7 +169,7 @@ struct Key {
     value: String,
 }
 
-fn gguf(path: &Path, verify: bool) -> anyhow::Result<Report> {
+fn gguf(path: &Path, args: &Args) -> anyhow::Result<Report> {
     let name = path.display().to_string();
     let mut file = File::open(path).map_err(|e| ExitError::bad_input(anyhow!("{name}: {e}")))?;
     let (head, total) = read_head(&mut file, &name).map_err(ExitError::bad_input)?;
@@ -146,14 +189,7 @@ fn gguf(path: &Path, verify: bool) -> anyhow::Result<Report> {
     let report =
         Report { path: path.into(), bytes: total, architecture, tensors, ..Report::default() };
     if report.architecture.as_deref() == Some(ARCHITECTURE) {
-        return packed(path, verify, report);
-    }
-    if verify {
-        let found = report.architecture.as_deref().unwrap_or("none");
-        return Err(ExitError::usage(anyhow!(
-            "{name}: --verify checks files of architecture {ARCHITECTURE}, found {found}"
-        ))
-        .into());
+        return packed(path, args, report);
     }
     let mut keys: Vec<Key> = Vec::new();
     for (key, value) in directory.metadata() {
@@ -164,11 +200,22 @@ fn gguf(path: &Path, verify: bool) -> anyhow::Result<Report> {
         });
     }
     let model_name = directory.find::<String>("general.name").map_err(ExitError::bad_input)?;
-    Ok(Report { kind: "gguf", name: model_name, keys, ..report })
+    let report = Report { kind: "gguf", name: model_name, keys, ..report };
+    match model::open(path, &args.weights_alone()) {
+        Ok(source) => {
+            if args.verify {
+                verify(&*source)?;
+            }
+            Ok(report.with_facts(source.facts(), args.verify))
+        }
+        Err(why) if args.verify => Err(ExitError::bad_input(why).into()),
+        Err(why) => Ok(Report { refused: Some(exit::chain(&why)), ..report }),
+    }
 }
 
-fn packed(path: &Path, verify: bool, report: Report) -> anyhow::Result<Report> {
-    let options = LoadOptions { verify, ..LoadOptions::default() };
+fn packed(path: &Path, args: &Args, report: Report) -> anyhow::Result<Report> {
+    let (verify, source) = (args.verify, args.weights.options());
+    let options = LoadOptions { verify, source, ..LoadOptions::default() };
     let model = Model::open(path, &options).map_err(ExitError::from)?;
     let config = model.config().clone();
     let count = config.parameter_count();
@@ -198,42 +245,75 @@ fn packed(path: &Path, verify: bool, report: Report) -> anyhow::Result<Report> {
     })
 }
 
-fn checkpoint(folder: &Path, verify: bool) -> anyhow::Result<Report> {
-    let open = Checkpoint::open(folder).map_err(ExitError::bad_input)?;
-    let config = open.config().clone();
-    let count = config.parameter_count();
-    let tensors: Vec<Tensor> = names::tensors(&config)
-        .into_iter()
-        .map(|(name, shape)| {
-            let shape: Vec<u64> = shape.iter().map(|d| *d as u64).collect();
-            let bytes = Some(4 * shape.iter().product::<u64>());
-            Tensor { name, ty: "master".into(), shape, bytes }
-        })
-        .collect();
-    if verify {
-        for tensor in &tensors {
-            let values = open.read(&tensor.name).map_err(ExitError::bad_input)?;
-            if let Some(at) = values.iter().position(|v| !v.is_finite()) {
-                return Err(ExitError::bad_input(anyhow!(
-                    "{}: tensor {}: element {at} is {}",
-                    folder.display(),
-                    tensor.name,
-                    values[at]
-                ))
-                .into());
-            }
-        }
+/// A model folder: a checkpoint of ours, or a Hugging Face folder of any kind.
+fn folder(path: &Path, args: &Args) -> anyhow::Result<Report> {
+    let folder = find_checkpoint(path).map_err(ExitError::bad_input)?;
+    let source = model::open(&folder, &args.weights_alone()).map_err(ExitError::bad_input)?;
+    if args.verify {
+        verify(&*source)?;
     }
-    Ok(Report {
-        path: folder.into(),
-        kind: "checkpoint",
+    let tensors = stored_tensors(&folder)?;
+    let facts = source.facts();
+    let is_checkpoint = facts.linears == Linears::Masters;
+    let report = Report {
+        path: folder,
+        kind: if is_checkpoint { "checkpoint" } else { "folder" },
         bytes: tensors.iter().filter_map(|t| t.bytes).sum(),
-        parameters: Some(Parameters { total: count.total(), parts: count }),
-        verified: verify.then_some(true),
-        config: Some(config),
         tensors,
         ..Report::default()
-    })
+    };
+    Ok(report.with_facts(facts, args.verify))
+}
+
+/// The tensors of all safetensors files of a folder, as they are stored.
+fn stored_tensors(folder: &Path) -> anyhow::Result<Vec<Tensor>> {
+    let entries = std::fs::read_dir(folder).map_err(ExitError::bad_input)?;
+    let mut paths = entries.map(|e| Ok(e?.path())).collect::<std::io::Result<Vec<_>>>()?;
+    paths.retain(|p| {
+        let name = p.file_name().map(|n| n.to_string_lossy());
+        name.is_some_and(|n| n.starts_with("model") && n.ends_with(".safetensors"))
+    });
+    paths.sort();
+    let mut tensors = Vec::new();
+    for path in paths {
+        let file = TensorFile::open(&path).map_err(ExitError::bad_input)?;
+        for name in file.names() {
+            let dims = file.shape(&name).unwrap_or_default();
+            let shape: Vec<u64> = dims.iter().map(|d| *d as u64).collect();
+            let dtype = file.float_type(&name);
+            let width = dtype.map_or(1, Dtype::bytes) as u64;
+            let bytes = Some(width * shape.iter().product::<u64>());
+            let ty = dtype.map_or("u8", Dtype::name).to_owned();
+            tensors.push(Tensor { name, ty, shape, bytes });
+        }
+    }
+    Ok(tensors)
+}
+
+/// Reads every weight of a model: codes that are no ternary value, and floats that
+/// are not finite.
+fn verify(source: &dyn Source) -> anyhow::Result<()> {
+    let facts = source.facts();
+    let form = Plan::packed_form(&facts.config, DenseType::Auto, facts.linear_dtype);
+    for item in &Plan::new(&facts.config, Layout::P2, form).items {
+        if item.form == Form::Ternary {
+            source.ternary(item.tensor).map_err(ExitError::bad_input)?;
+            continue;
+        }
+        for_chunks(source, item, |first, values| {
+            match values.iter().position(|x| !x.is_finite()) {
+                None => Ok(()),
+                Some(at) => Err(anyhow::Error::from(ExitError::bad_input(anyhow!(
+                    "{}: tensor {}, element {:?}: {} is not finite",
+                    source.path().display(),
+                    item.hf,
+                    item.position(first + at),
+                    values[at]
+                )))),
+            }
+        })?;
+    }
+    Ok(())
 }
 
 /// The beginning of a value that is too long for a line.
@@ -246,21 +326,40 @@ fn shortened(text: &str) -> String {
 }
 
 impl Report {
+    /// What a source says.
+    fn with_facts(self, facts: &Facts, verified: bool) -> Self {
+        let count = facts.config.parameter_count();
+        Self {
+            source: Some(facts.kind.clone()),
+            parameters: Some(Parameters { total: count.total(), parts: count }),
+            config: Some(facts.config.clone()),
+            verified: verified.then_some(true),
+            ..self
+        }
+    }
+
     fn render(&self, list_tensors: bool) -> String {
         let mut t = Table::default();
         t.row("path", self.path.display().to_string());
         let kind = match self.kind {
             "packed" => "packed model",
-            "gguf" => "GGUF file that the engine does not run",
-            _ => "checkpoint of f32 master weights",
+            "gguf" => "GGUF file of another program",
+            "folder" => "model folder",
+            _ => "checkpoint of master weights",
         };
         t.row("kind", kind);
+        for (name, value) in [("source", &self.source), ("the engine refuses it", &self.refused)] {
+            if let Some(value) = value {
+                t.row(name, value);
+            }
+        }
         for (name, value) in [("name", &self.name), ("architecture", &self.architecture)] {
             if let Some(value) = value.as_deref().filter(|v| !v.is_empty()) {
                 t.row(name, value);
             }
         }
-        let size = if self.kind == "checkpoint" { "weights as f32" } else { "file" };
+        let is_folder = matches!(self.kind, "checkpoint" | "folder");
+        let size = if is_folder { "weights" } else { "file" };
         t.row(size, bytes(self.bytes));
         if let Some(config) = &self.config {
             describe_config(&mut t, config);

@@ -274,20 +274,28 @@ fn verify_finds_a_code_that_is_no_weight() {
 
 #[test]
 fn inspects_files_of_other_programs_and_checkpoints() {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bitnet-format/tests/fixtures");
-    let foreign = fs::read_dir(fixture)
-        .unwrap()
-        .map(|e| e.unwrap().path())
-        .find(|p| p.extension() == Some(OsStr::new("gguf")))
-        .expect("the format's fixtures hold a GGUF file");
-    let report = json(&bitnet(&[&"inspect", &foreign, &"--json", &"-"]));
-    assert_eq!(report["kind"], "gguf");
+    let foreign = fixture("bitnet-format", "tiny-tq2_0.gguf");
+    let report = json(&bitnet(&[&"inspect", &foreign, &"--verify", &"--json", &"-"]));
+    assert_eq!((&report["kind"], &report["refused"]), (&"gguf".into(), &Value::Null));
+    assert_eq!(report["source"], "GGUF, architecture bitnet");
+    assert_eq!(
+        (&report["verified"], &report["config"]["hidden_size"]),
+        (&true.into(), &256.into())
+    );
     assert!(!report["tensors"].as_array().unwrap().is_empty());
     assert!(!report["keys"].as_array().unwrap().is_empty());
-    assert_eq!(bitnet(&[&"inspect", &foreign, &"--verify"]).status.code(), Some(2));
-    let output = bitnet(&[&"generate", &foreign, &"x"]);
-    assert_eq!(output.status.code(), Some(3));
-    assert!(text(&output.stderr).contains("bitnet-export"), "it says what to do: {output:?}");
+
+    let other = fixture("bitnet-format", "blocks.gguf");
+    let report = json(&bitnet(&[&"inspect", &other, &"--json", &"-"]));
+    assert!(report["refused"].as_str().unwrap().contains("blocks.gguf"), "{report}");
+    assert_eq!(bitnet(&[&"inspect", &other, &"--verify"]).status.code(), Some(3));
+
+    let folder = fixture("bitnet-engine", "bitnet_tiny_packed");
+    let report = json(&bitnet(&[&"inspect", &folder, &"--verify", &"--json", &"-"]));
+    assert_eq!((&report["kind"], &report["verified"]), (&"folder".into(), &true.into()));
+    assert_eq!(report["source"], "Hugging Face folder, packed (autobitlinear)");
+    let tensors = report["tensors"].as_array().unwrap();
+    assert!(tensors.iter().any(|t| t["type"] == "u8"), "{report}");
 
     let dir = tempfile::tempdir().unwrap();
     let config = ModelConfig::tiny();
@@ -307,7 +315,126 @@ fn inspects_files_of_other_programs_and_checkpoints() {
     assert_eq!(report["kind"], "checkpoint");
     assert_eq!(report["bytes"], 4 * config.parameter_count().total());
     let table = text(&bitnet(&[&"inspect", &dir.path()]).stdout);
-    assert!(table.contains("checkpoint of f32 master weights"), "{table}");
+    assert!(table.contains("checkpoint of master weights"), "{table}");
+}
+
+fn fixture(of: &str, name: &str) -> PathBuf {
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    crates.join(of).join("tests/fixtures").join(name)
+}
+
+#[test]
+fn a_folder_is_packed_on_opening_with_one_line_on_stderr() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = dir.path().join("tokenizer.json");
+    fs::write(&tokenizer, tokenizer_json()).unwrap();
+    let folder = fixture("bitnet-engine", "bitnet_tiny_packed");
+    let args: Args<'_> =
+        vec![&"generate", &folder, &"ab", &"-n", &"8", &"--temperature", &"0", &"--json", &"-"];
+    // It has no tokenizer, and the error says what to do.
+    let output = bitnet(&args);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("--tokenizer FILE"), "{output:?}");
+    let with = [&args[..], &[&"--tokenizer", &tokenizer]].concat();
+    let output = bitnet(&with);
+    let message = text(&output.stderr);
+    assert_eq!(json(&output)["generated_tokens"], 8, "{message}");
+    let lines: Vec<_> = message.lines().filter(|l| l.contains("was packed in")).collect();
+    assert_eq!(lines.len(), 1, "{message}");
+    for words in ["Hugging Face folder", "MB", "bitnet-export import", "--tokenizer"] {
+        assert!(lines[0].contains(words), "{message}");
+    }
+    // The two files hold the same model.
+    let gguf = fixture("bitnet-format", "tiny-tq2_0.gguf");
+    let act = [&with[..], &[&"--hidden-act", &"relu2"]].concat();
+    assert_eq!(bitnet(&act).status.code(), Some(3), "the folder states its activation");
+    let mut same = act;
+    same[1] = &gguf;
+    assert_eq!(json(&bitnet(&same))["tokens"], json(&output)["tokens"]);
+}
+
+#[test]
+fn differences_are_found_tensor_by_tensor() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, change: &dyn Fn(&mut common::File)| {
+        let mut file = RandomModel::new(&ModelConfig::tiny(), 1).file();
+        change(&mut file);
+        let path = dir.path().join(name);
+        fs::rename(file.write(&dir), &path).unwrap();
+        path
+    };
+    let a = write("a.gguf", &|_| ());
+    let same = write("same.gguf", &|_| ());
+    let b = write("b.gguf", &|file| {
+        let bytes = &mut file.tensor("blk.1.ffn_up.weight").3;
+        // The lowest two bits of byte 70 of row 1 hold weight 6: 0, 1 or 2.
+        bytes[70] = (bytes[70] & !3) | (((bytes[70] + 1) & 3) % 3);
+        file.tensor("blk.0.attn_v.scale").3 = 0.5f32.to_le_bytes().to_vec();
+        file.tensor("output_norm.weight").3[8..12].copy_from_slice(&9.0f32.to_le_bytes());
+        file.set("context_length", 64u32);
+    });
+    let output = bitnet(&[&"inspect", &"--diff", &a, &same]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(text(&output.stdout).contains("result   equal"), "{output:?}");
+
+    let output = bitnet(&[&"inspect", &"--diff", &a, &b, &"--json", &"-"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["equal"], false);
+    let config = &report["config"];
+    assert_eq!(config.as_array().unwrap().len(), 1);
+    assert_eq!(
+        (&config[0]["key"], &config[0]["b"]),
+        (&"max_position_embeddings".into(), &64.into())
+    );
+    let tensors = report["tensors"].as_array().unwrap();
+    assert_eq!(tensors.len(), 2 * 11 + 2);
+    let differ: Vec<_> = tensors.iter().filter(|t| t["equal"] == false).collect();
+    let names: Vec<_> = differ.iter().map(|t| t["name"].as_str().unwrap()).collect();
+    assert_eq!(
+        names,
+        [
+            "model.layers.0.self_attn.v_proj.weight",
+            "model.layers.1.mlp.up_proj.weight",
+            "model.norm.weight"
+        ]
+    );
+    assert_eq!(differ[0]["different"], 0);
+    assert!(differ[0]["scale_relative_difference"].as_f64().unwrap() > 0.0);
+    assert_eq!(
+        (&differ[1]["different"], &differ[1]["first"]),
+        (&1.into(), &serde_json::json!([1, 6]))
+    );
+    assert_eq!(
+        (&differ[2]["different"], &differ[2]["first"]),
+        (&1.into(), &serde_json::json!([2]))
+    );
+    assert!(differ[2]["largest_difference"].as_f64().unwrap() > 1.0);
+    let table = text(&bitnet(&[&"inspect", &"--diff", &a, &b]).stdout);
+    for words in ["1 of ", "trits differ, the first at [1, 6]", "scales", "config max_position"] {
+        assert!(table.contains(words), "`{words}` is not in\n{table}");
+    }
+
+    // Another shape: tensors that one alone has, and one whose shapes differ.
+    let config = ModelConfig { num_hidden_layers: 1, intermediate_size: 96, ..ModelConfig::tiny() };
+    let small = Setup::new(&config, None);
+    let output = bitnet(&[&"inspect", &"--diff", &a, &small.model, &"--json", &"-"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["missing"].as_array().unwrap().len(), 11);
+    assert!(report["extra"].as_array().unwrap().is_empty());
+    let tensors = report["tensors"].as_array().unwrap();
+    let shapes = tensors.iter().filter(|t| !t["shapes"].is_null()).count();
+    assert_eq!(shapes, 4, "gate, up, down and a sub-norm");
+
+    // The same model in three files of other tools.
+    let folder = fixture("bitnet-engine", "bitnet_tiny_packed");
+    let gguf = |name| fixture("bitnet-format", name);
+    let (tq1, tq2) = (gguf("tiny-tq1_0.gguf"), gguf("tiny-tq2_0.gguf"));
+    assert_eq!(bitnet(&[&"inspect", &"--diff", &tq1, &tq2]).status.code(), Some(0));
+    let output = bitnet(&[&"inspect", &"--diff", &folder, &tq2, &"--json", &"-"]);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let tensors = report["tensors"].as_array().unwrap();
+    assert!(tensors.iter().all(|t| t["kind"] == "float" || t["different"] == 0), "{report}");
 }
 
 #[test]
@@ -355,6 +482,11 @@ fn bad_usage_and_bad_files_are_told_apart() {
         (vec![&"inspect", &cut], 3, "cut.gguf"),
         (vec![&"inspect", &hollow], 3, "config.json"),
         (vec![&"inspect"], 2, "<MODEL>"),
+        (vec![&"inspect", &"--diff", model], 2, "--diff"),
+        (vec![&"inspect", &"--diff", model, &missing], 3, "missing.gguf: cannot be read"),
+        (vec![&"inspect", model, &"--diff", model, model], 2, "--diff"),
+        (vec![&"generate", model, &"x", &"--hidden-act", &"silu"], 3, "states its activation"),
+        (vec![&"generate", model, &"x", &"--ptq", &"ternary"], 3, "ternary already"),
         (vec![&"quickstart", &"--steps", &"0"], 2, "--steps"),
         (vec![&"frobnicate"], 2, "frobnicate"),
         (vec![], 2, "Usage"),
