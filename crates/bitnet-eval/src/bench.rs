@@ -300,6 +300,9 @@ impl<'a> Run<'a> {
     /// Runs a test once, from an empty context.
     fn measure(&mut self, test: usize, counts: bool) -> Result<(), EvalError> {
         let vocab = self.loaded.model.config().vocab_size;
+        // A token untimed: a system that drops idle pages may have dropped the model's
+        // while another was measured.
+        self.first_logits()?;
         let speed = match self.speeds[test].0 {
             Test::Prompt(n) => {
                 let tokens = pseudo_text(n, vocab);

@@ -98,8 +98,8 @@ struct Limit {
 /// Reads what `bitnet-eval bench --json` wrote; the smallest model comes first.
 ///
 /// # Errors
-/// A file that cannot be read, is no such JSON, or has no decode or prefill test
-/// of a ternary model.
+/// A file that cannot be read, is no such JSON, or has no decode test of a ternary
+/// model.
 pub fn read(paths: &[PathBuf]) -> Result<Vec<Point>, EvalError> {
     let mut points = Vec::new();
     for path in paths {
@@ -109,7 +109,7 @@ pub fn read(paths: &[PathBuf]) -> Result<Vec<Point>, EvalError> {
             .map_err(|e| EvalError::BenchFile { path: path.clone(), why: e.to_string() })?;
         let found = of_bench(&bench);
         if found.is_empty() {
-            let why = "it has no `tg` or `pp` test of a ternary model".to_owned();
+            let why = "it has no `tg` test of a ternary model".to_owned();
             return Err(EvalError::BenchFile { path: path.clone(), why });
         }
         points.extend(found);
@@ -152,16 +152,18 @@ fn of_bench(bench: &Bench) -> Vec<Point> {
             points.len() - 1
         });
         let tokens_per_second = row.tokens_per_second;
-        let tokens: f64 = if decode { 1.0 } else { row.test[2..].parse().unwrap_or(1.0) };
         let point = &mut points[at];
-        point.weights = point.weights.max(row.linear_bytes_per_token as f64 * per_byte * tokens);
+        let weights = row.linear_bytes_per_token as f64 * per_byte;
         if decode {
+            point.weights = weights;
             let share = Some(row.share_of_bandwidth);
             point.decode = Some(Speed { tokens_per_second, share });
         } else {
             point.prefill = Some(Speed { tokens_per_second, share: row.share_of_int8_peak });
         }
     }
+    // A prompt reads the weights once a chunk: only decoding tells how many there are.
+    points.retain(|p| p.decode.is_some());
     points
 }
 
@@ -183,7 +185,7 @@ pub fn table(points: &[Point]) -> String {
         let speed = |s: Option<Speed>| s.map_or("-".to_owned(), |s| short(s.tokens_per_second));
         let gb = |bytes: u64| format!("{:.2}", bytes as f64 * 1e-9);
         let row = [
-            p.model.trim_end_matches(".gguf").to_owned(),
+            Path::new(&p.model).file_stem().map_or(p.model.clone(), |s| s.to_string_lossy().into()),
             p.layout.clone(),
             p.isa.clone(),
             p.threads.to_string(),
