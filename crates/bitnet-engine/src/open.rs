@@ -89,6 +89,9 @@ fn pack(
          `{command}` does it once for all",
         *bytes as f64 / 1e6,
     );
+    if options.ptq {
+        tracing::warn!("{file}: its weights were not trained to be ternary, the quality collapses");
+    }
     Ok((packed, packing))
 }
 

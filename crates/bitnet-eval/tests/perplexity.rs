@@ -297,3 +297,40 @@ fn help_shows_examples() {
         assert!(text.contains("Examples:") && text.contains("JSON"), "{text}");
     }
 }
+
+/// The fixtures of the importer: a folder, and the same model in a GGUF file.
+#[test]
+fn a_model_of_another_tool_scores_as_its_packed_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = dir.path().join("book.txt");
+    fs::write(&text, "Forty words, and forty more of them.\n".repeat(4)).unwrap();
+    let tokenizer = dir.path().join("tokenizer.json");
+    fs::write(&tokenizer, tokenizer_json()).unwrap();
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let folder = crates.join("bitnet-engine/tests/fixtures/bitnet_tiny_packed");
+    let gguf = crates.join("bitnet-format/tests/fixtures/tiny-tq2_0.gguf");
+    let mut found = Vec::new();
+    for (src, act) in [(folder, None), (gguf, Some(bitnet_core::Activation::Relu2))] {
+        let source = bitnet_engine::OpenOptions {
+            hidden_act: act,
+            tokenizer: Some(tokenizer.clone()),
+            ..Default::default()
+        };
+        let opened = Model::open(&src, &LoadOptions { source, ..LoadOptions::default() }).unwrap();
+        let packed = dir.path().join("packed.gguf");
+        fs::write(&packed, opened.as_bytes()).unwrap();
+        let nats = |model: &Path, more: &[&dyn AsRef<std::ffi::OsStr>]| {
+            let args: [&dyn AsRef<std::ffi::OsStr>; 8] =
+                [&"perplexity", &model, &"--text", &text, &"--context", &"32", &"--json", &"-"];
+            json(&eval(&[&args[..], more].concat()))["nats"].as_f64().unwrap()
+        };
+        let direct = match act {
+            None => nats(&src, &[&"--tokenizer", &tokenizer]),
+            Some(_) => nats(&src, &[&"--tokenizer", &tokenizer, &"--hidden-act", &"relu2"]),
+        };
+        assert_eq!(direct, nats(&packed, &[]), "{}", src.display());
+        found.push(direct);
+    }
+    assert!((found[0] - found[1]).abs() < 1e-3, "{found:?}");
+    assert_eq!(eval(&[&"bench", &dir.path(), &"--prompt", &"4"]).status.code(), Some(3));
+}
