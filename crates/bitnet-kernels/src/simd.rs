@@ -202,6 +202,7 @@ pub(crate) static P5_PAIR_FOUR: [u8; 64] = p5_table(192, 0);
 pub(crate) static P5_PAIR_LAST: [u8; 64] = p5_table(192, 1);
 
 /// The last code where the high two bits are 3, in the high two bits.
+#[cfg(target_arch = "x86_64")]
 pub(crate) static P5_PAIR_LAST_HIGH: [u8; 64] = {
     let mut table = p5_table(192, 1);
     let mut i = 0;
