@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::names::{Linear, Norm};
+use crate::quantizer::{ActivationQuantizer, ActivationRecipe, Granularity, Recipe, WeightScheme};
 use crate::ternary::MAX_EXACT_COLS;
 
 /// The activation of the gated feed-forward network.
@@ -36,6 +37,8 @@ impl Activation {
 pub enum WeightQuantizer {
     /// {-1, 0, 1} by absmean, with int8 absmax activations: W1.58A8.
     Ternary,
+    /// {-1, 1}: the sign of what is centred (BitNet, arXiv:2310.11453).
+    Binary,
     /// Neither weights nor activations are quantised: the float twin.
     None,
 }
@@ -46,6 +49,7 @@ impl WeightQuantizer {
     pub fn name(self) -> &'static str {
         match self {
             Self::Ternary => "ternary",
+            Self::Binary => "binary",
             Self::None => "none",
         }
     }
@@ -137,6 +141,13 @@ pub struct ModelConfig {
     /// Precision of embedding and head.
     #[serde(default = "default_embedding_dtype")]
     pub embedding_dtype: Dtype,
+    /// The rest of the recipe; its default is BitNet b1.58.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub recipe: Recipe,
+}
+
+fn is_default(recipe: &Recipe) -> bool {
+    *recipe == Recipe::default()
 }
 
 fn default_eps() -> f32 {
@@ -196,7 +207,73 @@ impl ModelConfig {
             sub_norms: true,
             weight_quantizer: WeightQuantizer::Ternary,
             embedding_dtype: Dtype::F16,
+            recipe: Recipe::default(),
         }
+    }
+
+    /// How the weights of the linear layers are quantised.
+    #[must_use]
+    pub fn weight_scheme(&self) -> WeightScheme {
+        WeightScheme {
+            quantizer: self.weight_quantizer,
+            statistic: self.recipe.weight_scale,
+            granularity: self.recipe.granularity,
+        }
+    }
+
+    /// How the input of a linear layer is quantised. The float twin's are not.
+    #[must_use]
+    pub fn activations(&self, linear: Linear) -> ActivationQuantizer {
+        if self.weight_quantizer == WeightQuantizer::None {
+            return ActivationQuantizer::None;
+        }
+        match self.recipe.activations {
+            ActivationRecipe::Int8 => ActivationQuantizer::Int8,
+            ActivationRecipe::Int4 => ActivationQuantizer::Int4,
+            ActivationRecipe::A48 if linear.writes_residual() => ActivationQuantizer::Int8,
+            ActivationRecipe::A48 => ActivationQuantizer::Int4Absmean,
+            ActivationRecipe::None => ActivationQuantizer::None,
+        }
+    }
+
+    /// Whether the input of a linear layer is rotated before it is quantised.
+    #[must_use]
+    pub fn rotates(&self, linear: Linear) -> bool {
+        self.recipe.hadamard && linear.writes_residual()
+    }
+
+    /// Checks that the packed format, and so the engine, can hold this recipe:
+    /// one scale a matrix and int8 activations, or no quantiser at all.
+    ///
+    /// # Errors
+    /// The first key of the recipe that it cannot, with the reason.
+    pub fn packable(&self) -> Result<(), ConfigError> {
+        let recipe = &self.recipe;
+        let refuse = |key, value: &str, reason: &str| {
+            Err(ConfigError { key, value: value.to_owned(), reason: reason.to_owned() })
+        };
+        match recipe.granularity {
+            Granularity::Tensor => {}
+            Granularity::Row => {
+                let reason = "a packed file has one scale for each matrix";
+                return refuse("recipe.granularity", "row", reason);
+            }
+            Granularity::Group(n) => {
+                let reason = "a packed file has one scale for each matrix";
+                return refuse("recipe.granularity", &n.to_string(), reason);
+            }
+        }
+        if recipe.hadamard {
+            let reason = "the engine does not rotate activations";
+            return refuse("recipe.hadamard", "true", reason);
+        }
+        let value = match recipe.activations {
+            ActivationRecipe::Int8 => return Ok(()),
+            ActivationRecipe::Int4 => "int4",
+            ActivationRecipe::A48 => "a4.8",
+            ActivationRecipe::None => "none",
+        };
+        refuse("recipe.activations", value, "the engine multiplies int8 activations")
     }
 
     /// Size C of a head.
@@ -283,6 +360,25 @@ impl ModelConfig {
         if !(self.rope_theta > 1.0 && self.rope_theta.is_finite()) {
             return error("rope_theta", &self.rope_theta, "must be greater than 1 and finite");
         }
+        self.validate_recipe()
+    }
+
+    fn validate_recipe(&self) -> Result<(), ConfigError> {
+        let error = |key, value: &dyn ToString, reason: String| {
+            Err(ConfigError { key, value: value.to_string(), reason })
+        };
+        if self.weight_quantizer == WeightQuantizer::None && !is_default(&self.recipe) {
+            let reason = "has no use with weight_quantizer = none".to_owned();
+            return error("recipe", &"(given)", reason);
+        }
+        let Granularity::Group(group) = self.recipe.granularity else { return Ok(()) };
+        for linear in Linear::ALL {
+            let [_, cols] = linear.shape(self);
+            if group == 0 || !cols.is_multiple_of(group) {
+                let reason = format!("does not divide the {cols} columns of {}", linear.hf(0));
+                return error("recipe.granularity", &group, reason);
+            }
+        }
         Ok(())
     }
 }
@@ -331,6 +427,36 @@ mod tests {
             assert!(error.to_string().starts_with(&format!("model.{key} = ")));
         }
         tiny.validate().unwrap();
+    }
+
+    #[test]
+    fn what_the_engine_cannot_run_is_named() {
+        let tiny = ModelConfig::tiny();
+        tiny.packable().unwrap();
+        let binary = ModelConfig { weight_quantizer: WeightQuantizer::Binary, ..tiny.clone() };
+        binary.packable().unwrap();
+        let with = |recipe: &str| {
+            let recipe = serde_json::from_str(recipe).unwrap();
+            ModelConfig { recipe, ..ModelConfig::tiny() }
+        };
+        with(r#"{"weight_scale":"absmedian"}"#).packable().unwrap();
+        for (recipe, message) in [
+            (r#"{"granularity":"row"}"#, "model.recipe.granularity = row: "),
+            (r#"{"granularity":32}"#, "model.recipe.granularity = 32: "),
+            (r#"{"activations":"a4.8"}"#, "model.recipe.activations = a4.8: "),
+            (r#"{"activations":"none"}"#, "model.recipe.activations = none: "),
+            (r#"{"hadamard":true}"#, "model.recipe.hadamard = true: "),
+        ] {
+            let config = with(recipe);
+            config.validate().unwrap();
+            let error = config.packable().unwrap_err().to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
+        let error = with(r#"{"granularity":48}"#).validate().unwrap_err().to_string();
+        assert!(error.contains("48: does not divide the 64 columns of model.layers.0"), "{error}");
+        let twin =
+            ModelConfig { weight_quantizer: WeightQuantizer::None, ..with(r#"{"hadamard":true}"#) };
+        assert_eq!(twin.validate().unwrap_err().key, "recipe");
     }
 
     #[test]

@@ -11,9 +11,11 @@ pub mod config;
 pub mod exit;
 pub mod matrix;
 pub mod names;
+pub mod quantizer;
 pub mod rope;
 pub mod ternary;
 
 pub use config::{Activation, ConfigError, Dtype, ModelConfig, ParameterCount, WeightQuantizer};
 pub use exit::{Exit, ExitError};
 pub use matrix::{Layout, MatrixError, TernaryMatrix};
+pub use quantizer::{ActivationQuantizer, Recipe, WeightScheme};

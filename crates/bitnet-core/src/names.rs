@@ -47,6 +47,12 @@ impl Linear {
     pub const ALL: [Self; 7] =
         [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
+    /// Whether its output is added to the residual stream: `o_proj`, `down_proj`.
+    #[must_use]
+    pub fn writes_residual(self) -> bool {
+        matches!(self, Self::O | Self::Down)
+    }
+
     /// The Hugging Face name in block `layer`.
     #[must_use]
     pub fn hf(self, layer: usize) -> String {
