@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use bitnet_core::names::{Linear, Norm};
-use bitnet_core::{Activation, Dtype, Layout, ModelConfig, WeightQuantizer};
+use bitnet_core::{Activation, Dtype, Layout, ModelConfig, Recipe, WeightQuantizer};
 use bitnet_format::gguf::{FromValue, GgmlType, Reader};
 use bitnet_kernels::DenseRows;
 
@@ -118,6 +118,7 @@ fn config(source: &Source<'_>) -> Result<ModelConfig, EngineError> {
         sub_norms: source.get("sub_norms")?,
         weight_quantizer,
         embedding_dtype: Dtype::F32,
+        recipe: Recipe::default(),
     };
     config.validate().map_err(|e| EngineError::Config { file: source.file.into(), source: e })?;
     Ok(config)
@@ -145,7 +146,7 @@ fn layer(
     let mut linear = |linear: Linear| {
         let ([rows, cols], name) = (linear.shape(config), linear.gguf(layer));
         match config.weight_quantizer {
-            WeightQuantizer::Ternary => {
+            WeightQuantizer::Ternary | WeightQuantizer::Binary => {
                 let (tensor, bytes) = source.ternary(&name, rows, cols, layout)?;
                 parts.ternary += bytes;
                 Ok::<_, EngineError>(tensor)

@@ -29,7 +29,7 @@ fn a_model_describes_itself() {
         assert_eq!(parts.head, count.head * config.embedding_dtype.bytes() as u64);
         assert_eq!(parts.norms, count.norms * 4);
         match config.weight_quantizer {
-            WeightQuantizer::Ternary => {
+            WeightQuantizer::Ternary | WeightQuantizer::Binary => {
                 assert!(parts.ternary >= count.linear / 4 && parts.dense == 0);
             }
             WeightQuantizer::None => {

@@ -108,7 +108,7 @@ impl RandomModel {
                     .map(|l| {
                         let n = l.shape(config).iter().product();
                         match config.weight_quantizer {
-                            WeightQuantizer::Ternary => Weight::Ternary {
+                            WeightQuantizer::Ternary | WeightQuantizer::Binary => Weight::Ternary {
                                 trits: (0..n).map(|_| (r.next() % 3) as i8 - 1).collect(),
                                 scale: 0.08 + 0.04 * r.float(),
                             },

@@ -12,7 +12,7 @@
 
 use std::path::Path;
 
-use bitnet_core::{Activation, Dtype, ModelConfig, WeightQuantizer};
+use bitnet_core::{Activation, Dtype, ModelConfig, Recipe, WeightQuantizer};
 use serde_json::{Map, Value, json};
 
 use super::HfError;
@@ -92,7 +92,11 @@ pub fn to_json(config: &ModelConfig, special: SpecialTokens) -> Value {
     if let Some(head_dim) = config.head_dim {
         out["head_dim"] = head_dim.into();
     }
-    if config.weight_quantizer == WeightQuantizer::Ternary {
+    // transformers knows the one recipe.
+    let recipe = serde_json::to_value(config.recipe).unwrap_or_default();
+    if config.recipe != Recipe::default() {
+        out["bitnet"]["recipe"] = recipe;
+    } else if config.weight_quantizer == WeightQuantizer::Ternary {
         let head = if config.tie_word_embeddings { Value::Null } else { json!(["lm_head"]) };
         out["quantization_config"] = json!({
             "quant_method": "bitnet",
@@ -165,6 +169,7 @@ pub fn from_json(text: &str, path: &Path) -> Result<HfConfig, HfError> {
             Some(dtype) => dtype,
             None => stored_dtype(&top)?,
         },
+        recipe: recipe(&own)?,
     };
     model.validate().map_err(|source| HfError::Config { path: path.into(), source })?;
     let special =
@@ -173,11 +178,14 @@ pub fn from_json(text: &str, path: &Path) -> Result<HfConfig, HfError> {
     Ok(HfConfig { model, special, packed, states_embedding_dtype })
 }
 
-const OWN_KEYS: [&str; 3] = ["sub_norms", "weight_quantizer", "embedding_dtype"];
+const OWN_KEYS: [&str; 4] = ["sub_norms", "weight_quantizer", "embedding_dtype", "recipe"];
 const ACTIVATIONS: [(&str, Activation); 3] =
     [("relu2", Activation::Relu2), ("silu", Activation::Silu), ("swish", Activation::Silu)];
-const QUANTIZERS: [(&str, WeightQuantizer); 2] =
-    [("ternary", WeightQuantizer::Ternary), ("none", WeightQuantizer::None)];
+const QUANTIZERS: [(&str, WeightQuantizer); 3] = [
+    ("ternary", WeightQuantizer::Ternary),
+    ("binary", WeightQuantizer::Binary),
+    ("none", WeightQuantizer::None),
+];
 const DTYPES: [(&str, Dtype); 3] =
     [("f32", Dtype::F32), ("f16", Dtype::F16), ("bf16", Dtype::Bf16)];
 const HF_DTYPES: [(&str, Dtype); 3] =
@@ -252,6 +260,13 @@ fn quantization(top: &Keys<'_>) -> Result<(WeightQuantizer, Option<PackedScale>)
         }
     };
     Ok((WeightQuantizer::Ternary, packed))
+}
+
+/// The rest of the recipe, where it is not BitNet b1.58's.
+fn recipe(own: &Keys<'_>) -> Result<Recipe, HfError> {
+    let expected = "a recipe (weight_scale, granularity, activations, hadamard)";
+    let read = |v: &Value| serde_json::from_value(v.clone()).ok();
+    Ok(own.typed("recipe", expected, read)?.unwrap_or_default())
 }
 
 /// `rope_parameters.rope_theta` (transformers 5), else `rope_theta`.
@@ -354,6 +369,7 @@ impl<'v> Keys<'v> {
 
 #[cfg(test)]
 mod tests {
+    use bitnet_core::quantizer::Granularity;
     use proptest::prelude::*;
 
     use super::*;
@@ -372,6 +388,7 @@ mod tests {
             theta in 1.5f32..1e9,
             (silu, tie, sub, none) in any::<(bool, bool, bool, bool)>(),
             dtype in 0usize..3,
+            rows in any::<bool>(),
             (bos, eos) in any::<(Option<u32>, Option<u32>)>(),
         ) {
             let model = ModelConfig {
@@ -386,6 +403,10 @@ mod tests {
                 sub_norms: sub,
                 weight_quantizer: if none { WeightQuantizer::None } else { WeightQuantizer::Ternary },
                 embedding_dtype: DTYPES[dtype].1,
+                recipe: Recipe {
+                    granularity: if rows && !none { Granularity::Row } else { Granularity::Tensor },
+                    ..Recipe::default()
+                },
                 ..ModelConfig::tiny()
             };
             let special = SpecialTokens { bos, eos };
@@ -495,10 +516,11 @@ mod tests {
                 "key bitnet.sub_norms: expected true or false, found 3",
             ),
             ("bitnet", json!({"subnorms": true}), "key bitnet.subnorms = true is not supported"),
+            ("bitnet", json!({"weight_quantizer": "int2"}), "key bitnet.weight_quantizer = int2"),
             (
                 "bitnet",
-                json!({"weight_quantizer": "binary"}),
-                "key bitnet.weight_quantizer = binary",
+                json!({"recipe": {"granularity": "column"}}),
+                "key bitnet.recipe: expected a recipe",
             ),
             ("eos_token_id", json!("x"), "key eos_token_id: expected a token id"),
             ("tie_word_embeddings", json!(1), "key tie_word_embeddings: expected true or false"),

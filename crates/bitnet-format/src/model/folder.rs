@@ -5,8 +5,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bitnet_core::WeightQuantizer;
 use bitnet_core::names::Tensor;
+use bitnet_core::{Recipe, WeightQuantizer, WeightScheme};
 use serde_json::Value;
 
 use super::{
@@ -18,6 +18,8 @@ use crate::hf::{Checkpoint, HfError, PackedScale, SpecialTokens, Trits};
 /// An open folder.
 pub(super) struct Folder {
     checkpoint: Checkpoint,
+    /// What makes ternary values of master weights.
+    scheme: WeightScheme,
     facts: Facts,
 }
 
@@ -30,9 +32,18 @@ impl Folder {
             (Some(PackedScale::Multiplies), _) => (Linears::Trits, "packed (autobitlinear)"),
             (Some(PackedScale::Divides), _) => (Linears::Trits, "packed (bitlinear)"),
             (None, WeightQuantizer::Ternary) => (Linears::Masters, "master weights"),
+            (None, WeightQuantizer::Binary) => (Linears::Masters, "binary master weights"),
             (None, WeightQuantizer::None) => (Linears::Floats, "float weights"),
         };
+        // Nothing but this folder knows the recipe: what it gives out is ternary
+        // values with a scale, as those of BitNet b1.58 are.
+        config.packable().map_err(|source| ModelError::Recipe { path: path.into(), source })?;
         let linears = quantise_later(path, options, &mut config, stored)?;
+        let scheme = config.weight_scheme();
+        config.recipe = Recipe::default();
+        if config.weight_quantizer == WeightQuantizer::Binary {
+            config.weight_quantizer = WeightQuantizer::Ternary;
+        }
         let text = text(path, options, checkpoint.special())?;
         let golden = match options.ptq {
             true => None,
@@ -42,7 +53,7 @@ impl Folder {
         let linear_dtype = checkpoint.linear_dtype();
         let name = name(path);
         let facts = Facts { kind, config, linears, linear_dtype, name, text, golden };
-        Ok(Self { checkpoint, facts })
+        Ok(Self { checkpoint, scheme, facts })
     }
 }
 
@@ -65,7 +76,7 @@ impl Source for Folder {
             (Tensor::Linear(layer, linear), Linears::Trits) => {
                 Ok(self.checkpoint.read_packed(layer, linear)?)
             }
-            _ => quantised(self, tensor),
+            _ => quantised(self, tensor, self.scheme),
         }
     }
 }

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use bitnet_core::names::{Linear, Norm, Tensor};
-use bitnet_core::{Activation, ModelConfig, WeightQuantizer};
+use bitnet_core::{Activation, ModelConfig, Recipe, WeightQuantizer, WeightScheme};
 
 use super::gguf_file::GgufFile;
 use super::{
@@ -149,7 +149,7 @@ impl Source for Foreign {
 
     fn ternary(&self, tensor: Tensor) -> Result<Trits, ModelError> {
         if self.facts.linears != Linears::Trits {
-            return quantised(self, tensor);
+            return quantised(self, tensor, WeightScheme::B158);
         }
         let name = tensor.gguf();
         let [rows, cols] = tensor.shape(&self.facts.config);
@@ -267,6 +267,7 @@ impl Reading<'_> {
             sub_norms: self.file.find(&Norm::AttentionSub.gguf(0)).is_some(),
             weight_quantizer: WeightQuantizer::Ternary,
             embedding_dtype: self.file.dtype(&embedding.name),
+            recipe: Recipe::default(),
         };
         config
             .validate()

@@ -1,6 +1,6 @@
 //! The keys of our own packed files, both ways (docs/file-format.md).
 
-use bitnet_core::{Activation, Dtype, Layout, ModelConfig, WeightQuantizer};
+use bitnet_core::{Activation, Dtype, Layout, ModelConfig, Recipe, WeightQuantizer};
 
 use super::Golden;
 use crate::gguf::{Directory, FromValue, GgufError, Header};
@@ -87,6 +87,7 @@ pub(super) fn own_config(dir: &Directory<'_>) -> Result<(ModelConfig, Layout), G
             .find(|q| q.name() == quantizer)
             .ok_or_else(|| unknown("weight_quantizer", &quantizer))?,
         embedding_dtype: Dtype::F32,
+        recipe: Recipe::default(),
     };
     let layout = Layout::from_name(&layout).ok_or_else(|| unknown("layout", &layout))?;
     Ok((config, layout))

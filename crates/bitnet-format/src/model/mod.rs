@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use bitnet_core::names::Tensor;
 use bitnet_core::{
-    Activation, ConfigError, Dtype, MatrixError, ModelConfig, WeightQuantizer, ternary,
+    Activation, ConfigError, Dtype, MatrixError, ModelConfig, WeightQuantizer, WeightScheme,
 };
 use serde::Deserialize;
 
@@ -166,6 +166,9 @@ pub enum ModelError {
     /// Keys that make no model.
     #[error("{}: the configuration is invalid", path.display())]
     Config { path: PathBuf, source: ConfigError },
+    /// A model trained with a recipe that only training knows.
+    #[error("{}: was trained with a recipe that cannot be packed", path.display())]
+    Recipe { path: PathBuf, source: ConfigError },
     /// A tensor whose data cannot be decoded.
     #[error("{}: tensor {tensor}", path.display())]
     Block { path: PathBuf, tensor: String, source: BlockError },
@@ -242,8 +245,12 @@ fn given_tokenizer(options: &OpenOptions) -> Result<Option<(String, String)>, Mo
     Ok(Some((text, path.display().to_string())))
 }
 
-/// Quantises the master weights of a linear layer.
-fn quantised(source: &dyn Source, tensor: Tensor) -> Result<Trits, ModelError> {
+/// Quantises the master weights of a linear layer, one scale for all of it.
+fn quantised(
+    source: &dyn Source,
+    tensor: Tensor,
+    scheme: WeightScheme,
+) -> Result<Trits, ModelError> {
     let [rows, cols] = tensor.shape(&source.facts().config);
     let mut weights = vec![0.0; rows * cols];
     source.floats(tensor, 0, &mut weights)?;
@@ -255,7 +262,8 @@ fn quantised(source: &dyn Source, tensor: Tensor) -> Result<Trits, ModelError> {
             value: weights[at],
         });
     }
-    let (values, scale) = ternary::quantize_weights(&weights, cols);
+    let mut values = vec![0; weights.len()];
+    let scale = scheme.quantize_group(&weights, cols, &mut values);
     Ok(Trits { values, scale })
 }
 

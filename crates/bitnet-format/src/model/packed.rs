@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use bitnet_core::names::{Linear, Tensor};
-use bitnet_core::{Layout, WeightQuantizer};
+use bitnet_core::{Layout, WeightQuantizer, WeightScheme};
 
 use super::gguf_file::GgufFile;
 use super::{
@@ -42,7 +42,7 @@ impl Packed {
         check_tensors(&file, &config, layout)?;
         let linear_dtype = file.dtype(&Tensor::Linear(0, Linear::Q).gguf());
         let stored = match config.weight_quantizer {
-            WeightQuantizer::Ternary => Linears::Trits,
+            WeightQuantizer::Ternary | WeightQuantizer::Binary => Linears::Trits,
             WeightQuantizer::None => Linears::Floats,
         };
         drop(dir);
@@ -136,7 +136,7 @@ impl Source for Packed {
 
     fn ternary(&self, tensor: Tensor) -> Result<Trits, ModelError> {
         let (Tensor::Linear(layer, linear), Linears::Trits) = (tensor, self.facts.linears) else {
-            return quantised(self, tensor);
+            return quantised(self, tensor, WeightScheme::B158);
         };
         let [rows, cols] = linear.shape(&self.facts.config);
         let mut scale = [0; 4];

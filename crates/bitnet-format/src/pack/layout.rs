@@ -45,7 +45,7 @@ impl LayoutChoice {
             (Self::Auto, WeightQuantizer::None) => {
                 (Layout::P2, "auto: the model has no ternary weights".to_owned())
             }
-            (Self::Auto, WeightQuantizer::Ternary) => {
+            (Self::Auto, WeightQuantizer::Ternary | WeightQuantizer::Binary) => {
                 let bytes = ternary_bytes(config, Layout::P2);
                 let layout = if bytes <= AUTO_P2_BYTES { Layout::P2 } else { Layout::P5 };
                 let why = format!(

@@ -117,7 +117,7 @@ impl Plan {
     #[must_use]
     pub fn packed_form(config: &ModelConfig, dense: DenseType, stored: Dtype) -> Form {
         match (config.weight_quantizer, dense) {
-            (WeightQuantizer::Ternary, _) => Form::Ternary,
+            (WeightQuantizer::Ternary | WeightQuantizer::Binary, _) => Form::Ternary,
             (WeightQuantizer::None, DenseType::Auto) => Form::Float(stored),
             (WeightQuantizer::None, DenseType::F32) => Form::Float(Dtype::F32),
             (WeightQuantizer::None, DenseType::F16) => Form::Float(Dtype::F16),
