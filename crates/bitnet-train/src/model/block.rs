@@ -1,12 +1,12 @@
 //! The modules of one block.
 
 use bitnet_core::names::{Linear, Norm};
-use bitnet_core::{Activation, ModelConfig, WeightQuantizer};
+use bitnet_core::{Activation, ModelConfig};
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
 use super::transformer::{Init, LayerTrace};
-use crate::ops::{self, AttentionShape};
+use crate::ops::{self, AttentionShape, LinearRecipe};
 
 /// A linear layer without bias whose master weights are quantised in the forward
 /// pass, or not, for the float twin.
@@ -15,7 +15,7 @@ pub struct BitLinear {
     /// Master weights `[out, in]`.
     pub weight: Param<Tensor<2>>,
     #[module(skip)]
-    ternary: bool,
+    recipe: LinearRecipe,
 }
 
 impl BitLinear {
@@ -23,17 +23,24 @@ impl BitLinear {
         let shape = linear.shape(init.config);
         Self {
             weight: Param::from_tensor(init.matrix(&linear.hf(layer), shape)),
-            ternary: init.config.weight_quantizer == WeightQuantizer::Ternary,
+            recipe: LinearRecipe::new(init.config, linear),
         }
     }
 
-    /// `[tokens, in]` to `[tokens, out]`; see [`ops::bit_linear`].
+    /// `[tokens, in]` to `[tokens, out]`; see [`ops::quantized_linear`].
     pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        if self.ternary {
-            ops::bit_linear(x, self.weight.val())
-        } else {
-            ops::linear(x, self.weight.val())
-        }
+        ops::quantized_linear(x, self.weight.val(), self.recipe)
+    }
+
+    /// What happens to weights and inputs.
+    #[must_use]
+    pub fn recipe(&self) -> LinearRecipe {
+        self.recipe
+    }
+
+    /// Changes it: a stage of training begins.
+    pub fn set_recipe(&mut self, recipe: LinearRecipe) {
+        self.recipe = recipe;
     }
 
     /// The same, handing input and output to `trace`.

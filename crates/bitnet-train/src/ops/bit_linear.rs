@@ -6,17 +6,18 @@
 //! order of [`bitnet_core::ternary::dequantize`], so that the output is the bit
 //! pattern that the packed engine computes from the same input.
 
-use bitnet_core::Layout;
 use bitnet_core::ternary::{self, inv_weight_scale};
+use bitnet_core::{Layout, WeightQuantizer, WeightScheme};
 use bitnet_kernels::{MatMut, MatRef, QuantizedTokens, TernaryRows};
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Tensor, TensorData};
 use rayon::prelude::*;
 
-#[cfg(feature = "ndarray")]
-use super::cpu::InnerMost;
 use super::cpu::{Buffer, CpuOp, ROWS, apply, is_cpu, kernels, matmul};
+use super::linear::on_host;
+use super::mixed_linear::{plain_binary, plain_scale};
 
-/// A linear layer with ternary weights and int8 activations.
+/// A linear layer with ternary weights of one scale, by any scheme, and int8
+/// activations.
 ///
 /// # Shapes
 /// `x` is `[tokens, K]`, `weight` the master weights `[N, K]`, the result
@@ -25,33 +26,25 @@ use super::cpu::{Buffer, CpuOp, ROWS, apply, is_cpu, kernels, matmul};
 /// # Gradients
 /// Straight-through (arXiv:1308.3432): those of `x_q · w_qᵀ` with the de-quantised
 /// values as constants, handed to `x` and `weight` unchanged.
-pub fn bit_linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+pub fn bit_linear(x: Tensor<2>, weight: Tensor<2>, scheme: WeightScheme) -> Tensor<2> {
     let device = x.device();
     if !is_cpu(&device) {
-        return plain(x, weight);
+        return plain(x, weight, scheme);
     }
     let ([tokens, cols], [rows, _]) = (x.dims(), weight.dims());
-    let op = BitLinear { tokens, rows, cols };
+    let op = BitLinear { tokens, rows, cols, scheme };
     let inputs = [x.into_dispatch(), weight.into_dispatch()];
     apply(op, inputs, device.is_autodiff(), [tokens, rows])
-}
-
-/// The linear layer of the float twin: `x · weightᵀ`, nothing quantised.
-///
-/// # Shapes
-/// As [`bit_linear`].
-pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    x.matmul(weight.transpose())
 }
 
 /// Master weights to (ternary values with straight-through gradient, scale `[1, 1]`).
 ///
 /// The values are exact integers: the gradient path adds `w − w`, which is 0.
-pub fn quantize_weight_ste(weight: Tensor<2>) -> (Tensor<2>, Tensor<2>) {
-    let scale = weight_scale(weight.clone().detach());
+fn quantize_weight_ste(weight: Tensor<2>, scheme: WeightScheme) -> (Tensor<2>, Tensor<2>) {
+    let [rows, cols] = weight.dims();
+    let (values, scale) = quantize_weight(weight.clone().detach(), scheme);
     let scaled = weight * scale.clone().recip();
-    let trits = scaled.clone().detach().round().clamp(-1.0, 1.0);
-    (straight_through(trits, scaled), scale)
+    (straight_through(values.reshape([rows, cols]), scaled), scale)
 }
 
 /// The value of `value` with the gradient of `path`.
@@ -59,39 +52,38 @@ fn straight_through(value: Tensor<2>, path: Tensor<2>) -> Tensor<2> {
     value.detach() + (path.clone() - path.detach())
 }
 
-/// The absmean scale, `[1, 1]`.
+/// Ternary values and their scale `[1, 1]`.
 ///
 /// A mean depends on the order of additions. On a CPU it comes from the one
 /// definition; a GPU adds in an order of its own rather than send every weight to
 /// the host on every step, and its scale may differ from the exporter's in the
 /// last bits.
-fn weight_scale(weight: Tensor<2>) -> Tensor<2> {
+fn quantize_weight(weight: Tensor<2>, scheme: WeightScheme) -> (Tensor<2>, Tensor<2>) {
     let device = weight.device();
     let [rows, cols] = weight.dims();
     if !on_host(&device) {
-        let mean = weight.abs().mean_dim(1).mean_dim(0);
-        return mean.clamp_min(ternary::EPSILON).reshape([1, 1]);
+        let flat = weight.reshape([1, rows * cols]);
+        let scale = plain_scale(flat.clone(), scheme.statistic);
+        let values = match scheme.quantizer {
+            WeightQuantizer::Binary => plain_binary(flat),
+            _ => (flat * scale.clone().recip()).round().clamp(-1.0, 1.0),
+        };
+        return (values, scale);
     }
     let data = weight.into_data();
+    let mut values = vec![0i8; rows * cols];
     let scale = match data.as_slice::<f32>() {
-        Ok(weights) => ternary::absmean_scale(weights, cols),
+        Ok(weights) => scheme.quantize_group(weights, cols, &mut values),
         Err(e) => unreachable!("[{rows}, {cols}] master weights are f32: {e:?}"),
     };
-    Tensor::from_floats([[scale]], &device)
-}
-
-/// Whether a device's memory is the host's.
-fn on_host(device: &Device) -> bool {
-    #[cfg(feature = "ndarray")]
-    if device.clone().inner_most() == Device::ndarray() {
-        return true;
-    }
-    is_cpu(device)
+    let values: Vec<f32> = values.into_iter().map(f32::from).collect();
+    let values = Tensor::from_data(TensorData::new(values, [rows, cols]), &device);
+    (values, Tensor::from_floats([[scale]], &device))
 }
 
 /// The same with tensor operations.
-pub fn plain(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    let (trits, weight_scale) = quantize_weight_ste(weight);
+pub fn plain(x: Tensor<2>, weight: Tensor<2>, scheme: WeightScheme) -> Tensor<2> {
+    let (trits, weight_scale) = quantize_weight_ste(weight, scheme);
     let absmax = x.clone().detach().abs().max_dim(1).clamp_min(ternary::EPSILON);
     let inv_act_scale = absmax.clone().recip_of(ternary::ACTIVATION_MAX);
     let act_scale = absmax / ternary::ACTIVATION_MAX;
@@ -116,6 +108,7 @@ struct BitLinear {
     tokens: usize,
     rows: usize,
     cols: usize,
+    scheme: WeightScheme,
 }
 
 struct Saved {
@@ -150,7 +143,10 @@ pub(crate) fn quantize_tokens(x: &[f32], cols: usize) -> QuantizedTokens {
 }
 
 /// Quantises and packs `[rows, cols]` master weights: rows of bytes, and the scale.
-fn pack_weights(weights: &[f32], cols: usize) -> (Vec<u8>, f32) {
+pub(super) fn pack_weights(weights: &[f32], cols: usize, scheme: WeightScheme) -> (Vec<u8>, f32) {
+    if scheme != WeightScheme::B158 {
+        return pack_other(weights, cols, scheme);
+    }
     let k = kernels();
     let sums: Vec<f64> =
         weights.par_chunks(cols).with_min_len(ROWS).map(|row| k.row_abs_sum(row)).collect();
@@ -165,11 +161,24 @@ fn pack_weights(weights: &[f32], cols: usize) -> (Vec<u8>, f32) {
     (bytes, scale)
 }
 
+/// The same by the scalar definition, for the schemes that have no kernel.
+fn pack_other(weights: &[f32], cols: usize, scheme: WeightScheme) -> (Vec<u8>, f32) {
+    let mut values = vec![0i8; weights.len()];
+    let scale = scheme.quantize_group(weights, cols, &mut values);
+    let mut bytes = vec![0u8; weights.len() / cols * LAYOUT.row_bytes(cols)];
+    bytes
+        .par_chunks_mut(LAYOUT.row_bytes(cols))
+        .zip(values.par_chunks(cols))
+        .with_min_len(ROWS)
+        .for_each(|(bytes, values)| LAYOUT.pack_row(values, bytes));
+    (bytes, scale)
+}
+
 /// De-quantised weights `[rows, cols]`.
-fn dequantize_weights(saved: &Saved, rows: usize, cols: usize) -> Vec<f32> {
+pub(super) fn dequantize_weights(bytes: &[u8], scale: f32, rows: usize, cols: usize) -> Vec<f32> {
     let mut out = vec![0.0f32; rows * cols];
     out.par_chunks_mut(cols)
-        .zip(saved.weight.par_chunks(LAYOUT.row_bytes(cols)))
+        .zip(bytes.par_chunks(LAYOUT.row_bytes(cols)))
         .with_min_len(ROWS)
         .for_each_init(
             || vec![0i8; cols],
@@ -178,7 +187,7 @@ fn dequantize_weights(saved: &Saved, rows: usize, cols: usize) -> Vec<f32> {
                     unreachable!("weights packed by the forward pass: {e}");
                 }
                 for (w, &t) in out.iter_mut().zip(trits.iter()) {
-                    *w = f32::from(t) * saved.weight_scale;
+                    *w = f32::from(t) * scale;
                 }
             },
         );
@@ -205,7 +214,7 @@ impl CpuOp<2> for BitLinear {
     fn forward(&self, [x, weight]: [Buffer; 2], track: bool) -> (Vec<f32>, Option<Saved>) {
         let (k, rows) = (kernels(), self.rows);
         let q = quantize_tokens(x.data(), self.cols);
-        let (bytes, weight_scale) = pack_weights(weight.data(), self.cols);
+        let (bytes, weight_scale) = pack_weights(weight.data(), self.cols, self.scheme);
         let w = TernaryRows { layout: LAYOUT, cols: self.cols, weight_scale, bytes: &bytes };
         let mut out = vec![0.0f32; self.tokens * rows];
         out.par_chunks_mut(ROWS * rows).enumerate().for_each(|(i, out)| {
@@ -225,7 +234,7 @@ impl CpuOp<2> for BitLinear {
         let (tokens, rows, cols) = (self.tokens, self.rows, self.cols);
         let grad = MatRef::new(grad, tokens, rows, rows);
         let dx = want_x.then(|| {
-            let w = dequantize_weights(saved, rows, cols);
+            let w = dequantize_weights(&saved.weight, saved.weight_scale, rows, cols);
             matmul(grad, MatRef::new(&w, rows, cols, cols))
         });
         let dweight = want_weight.then(|| {
@@ -238,7 +247,8 @@ impl CpuOp<2> for BitLinear {
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::TensorData;
+    use bitnet_core::quantizer::{Granularity, ScaleStatistic};
+    use burn::tensor::Device;
 
     use super::*;
     use crate::ops::cpu::testing::{check_gradients, random, to_vec};
@@ -257,9 +267,38 @@ mod tests {
             for device in [Device::flex(), Device::flex().autodiff()] {
                 let tensor = |data: &TensorData| Tensor::<2>::from_data(data.clone(), &device);
                 for run in [bit_linear, plain] {
-                    let out = to_vec(run(tensor(&x), tensor(&w)));
+                    let out = to_vec(run(tensor(&x), tensor(&w), WeightScheme::B158));
                     let got: Vec<u32> = out.iter().map(|v| v.to_bits()).collect();
                     assert_eq!(got, want, "[{tokens}, {rows}, {cols}] on {device:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_scheme_of_one_scale_equals_its_definition_bit_for_bit() {
+        let [tokens, rows, cols] = [40, 33, 300];
+        let (x, w) = (random([tokens, cols], 3.0, 7), random([rows, cols], 0.05, 8));
+        let (xs, ws) = (x.try_to_vec::<f32>().unwrap(), w.try_to_vec::<f32>().unwrap());
+        let granularity = Granularity::Tensor;
+        for quantizer in [WeightQuantizer::Ternary, WeightQuantizer::Binary] {
+            for statistic in [ScaleStatistic::Absmean, ScaleStatistic::Absmedian] {
+                let scheme = WeightScheme { quantizer, statistic, granularity };
+                let weights = scheme.quantize(&ws, cols);
+                let want = xs.chunks_exact(cols).flat_map(|x| {
+                    let mut q = vec![0i8; cols];
+                    let act_scale = ternary::quantize_activations(x, &mut q);
+                    let sums = ternary::ternary_sums(&weights.values, &q).into_iter();
+                    let scale = weights.scales[0];
+                    sums.map(move |s| ternary::dequantize(s, act_scale, scale).to_bits())
+                });
+                let want: Vec<u32> = want.collect();
+                for run in [bit_linear, plain] {
+                    let device = Device::flex().autodiff();
+                    let tensor = |data: &TensorData| Tensor::<2>::from_data(data.clone(), &device);
+                    let out = to_vec(run(tensor(&x), tensor(&w), scheme));
+                    let got: Vec<u32> = out.iter().map(|v| v.to_bits()).collect();
+                    assert_eq!(got, want, "{scheme:?}");
                 }
             }
         }
@@ -269,8 +308,8 @@ mod tests {
     fn gradients_agree_between_the_versions() {
         check_gradients(
             [random([70, 96], 2.0, 1), random([33, 96], 0.05, 2)],
-            |[x, w]| bit_linear(x, w),
-            |[x, w]| plain(x, w),
+            |[x, w]| bit_linear(x, w, WeightScheme::B158),
+            |[x, w]| plain(x, w, WeightScheme::B158),
             // Sums of 33 and 70 products in another order, and one more rounding of
             // scale and reciprocal in the plain version.
             2e-6,
@@ -304,7 +343,7 @@ mod tests {
             let x = Tensor::<2>::from_data(x.clone(), &device).require_grad();
             let w = Tensor::<2>::from_data(w.clone(), &device).require_grad();
             let dy = Tensor::<2>::from_data(upstream.clone(), &device);
-            let grads = (run(x.clone(), w.clone()) * dy).sum().backward();
+            let grads = (run(x.clone(), w.clone(), WeightScheme::B158) * dy).sum().backward();
             let dx = to_vec(x.grad(&grads).unwrap());
             let dw = to_vec(w.grad(&grads).unwrap());
             // f32 sums of at most 9 products of order one.

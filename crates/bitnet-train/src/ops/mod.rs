@@ -13,13 +13,17 @@ mod cpu;
 mod embedding;
 mod gated;
 mod head;
+mod linear;
+mod mixed_linear;
 mod rms_norm;
+mod rotation;
 
 pub use attention::{AttentionShape, attention};
-pub use bit_linear::{bit_linear, linear, quantize_weight_ste};
+pub use bit_linear::bit_linear;
 pub use embedding::{embed, round_to};
 pub use gated::gated;
 pub use head::{cross_entropy, logits};
+pub use linear::{LinearRecipe, linear, quantized_linear};
 pub use rms_norm::rms_norm;
 
 /// The plain versions: burn's tensor operations, on any device.
@@ -28,5 +32,6 @@ pub mod plain {
     pub use super::bit_linear::plain as bit_linear;
     pub use super::gated::plain as gated;
     pub use super::head::{plain_cross_entropy as cross_entropy, plain_logits as logits};
+    pub use super::linear::plain as quantized_linear;
     pub use super::rms_norm::plain as rms_norm;
 }

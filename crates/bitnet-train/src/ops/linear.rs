@@ -1,0 +1,113 @@
+//! The linear layers of every recipe: which operation runs for which quantisers.
+
+use bitnet_core::quantizer::{Granularity, hadamard_block};
+use bitnet_core::{ActivationQuantizer, ModelConfig, WeightQuantizer, WeightScheme, names};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use super::bit_linear::bit_linear;
+use super::cpu::is_cpu;
+use super::{mixed_linear, rotation};
+
+/// What happens to a linear layer's weights and inputs before they are multiplied.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LinearRecipe {
+    /// The quantiser of the weights.
+    pub weights: WeightScheme,
+    /// The quantiser of the inputs.
+    pub activations: ActivationQuantizer,
+    /// Whether the inputs are rotated first, in blocks (arXiv:2504.18415).
+    pub rotate: bool,
+    /// The share of the quantised in what is multiplied: `w + blend · (Q(w) - w)`,
+    /// and the same for the inputs. 1 is the recipe, 0 its float form; between
+    /// them lies the way from a float model to a ternary one (arXiv:2502.11895).
+    pub blend: f32,
+}
+
+impl LinearRecipe {
+    /// That of a layer of a model.
+    #[must_use]
+    pub fn new(config: &ModelConfig, linear: names::Linear) -> Self {
+        Self {
+            weights: config.weight_scheme(),
+            activations: config.activations(linear),
+            rotate: config.rotates(linear),
+            blend: 1.0,
+        }
+    }
+
+    /// Nothing is quantised.
+    fn is_float(&self) -> bool {
+        let none = self.weights.quantizer == WeightQuantizer::None;
+        self.blend == 0.0 || none && self.activations == ActivationQuantizer::None
+    }
+
+    /// Integers are multiplied and one scale applied: what the engine computes.
+    fn is_integer(&self) -> bool {
+        self.blend == 1.0
+            && self.weights.quantizer != WeightQuantizer::None
+            && self.weights.granularity == Granularity::Tensor
+            && self.activations == ActivationQuantizer::Int8
+    }
+}
+
+/// A linear layer of any recipe, without bias.
+///
+/// # Shapes
+/// `x` is `[tokens, K]`, `weight` the master weights `[N, K]`, the result
+/// `[tokens, N]`.
+///
+/// # Gradients
+/// Straight-through (arXiv:1308.3432): those of the product of what was multiplied,
+/// handed to `x` (rotated back) and `weight` unchanged.
+pub fn quantized_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
+    let x = if recipe.rotate { rotation::rotate(x) } else { x };
+    if recipe.is_float() {
+        return linear(x, weight);
+    }
+    if recipe.is_integer() {
+        return bit_linear(x, weight, recipe.weights);
+    }
+    mixed_linear::mixed_linear(x, weight, recipe)
+}
+
+/// The same with tensor operations.
+pub fn plain(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
+    let x = if recipe.rotate { rotation::plain(x) } else { x };
+    if recipe.is_float() {
+        return linear(x, weight);
+    }
+    if recipe.is_integer() {
+        return super::bit_linear::plain(x, weight, recipe.weights);
+    }
+    mixed_linear::plain(x, weight, recipe)
+}
+
+/// The linear layer of the float twin: `x · weightᵀ`, nothing quantised.
+///
+/// # Shapes
+/// As [`quantized_linear`].
+pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    x.matmul(weight.transpose())
+}
+
+/// The Hadamard matrix of a row's blocks, `[block, block]`.
+pub(super) fn hadamard_matrix(cols: usize, device: &Device) -> Tensor<2> {
+    let block = hadamard_block(cols);
+    let factor = 1.0 / (block as f32).sqrt();
+    let sign =
+        |i: usize| if ((i / block) & (i % block)).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+    let values: Vec<f32> = (0..block * block).map(|i| sign(i) * factor).collect();
+    Tensor::from_data(TensorData::new(values, [block, block]), device)
+}
+
+/// Whether a device's memory is the host's.
+pub(super) fn on_host(device: &Device) -> bool {
+    #[cfg(feature = "ndarray")]
+    {
+        use super::cpu::InnerMost;
+        if device.clone().inner_most() == Device::ndarray() {
+            return true;
+        }
+    }
+    is_cpu(device)
+}
