@@ -248,7 +248,7 @@ pub fn load(
 }
 
 /// The first key in which two models differ.
-fn difference(found: &ModelConfig, expected: &ModelConfig) -> String {
+pub(crate) fn difference(found: &ModelConfig, expected: &ModelConfig) -> String {
     let object = |c: &ModelConfig| match serde_json::to_value(c) {
         Ok(serde_json::Value::Object(map)) => map,
         _ => serde_json::Map::new(),

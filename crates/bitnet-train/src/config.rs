@@ -7,7 +7,10 @@ use bitnet_core::ModelConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::distill::DistillConfig;
 use crate::schedule::ScheduleConfig;
+use crate::stage::StageConfig;
+use crate::start::StartConfig;
 
 /// All of a training run. Every key is in the file; there are no includes, so
 /// that the difference of two files is the difference of two runs.
@@ -22,6 +25,15 @@ pub struct TrainConfig {
     pub seed: u64,
     /// The model.
     pub model: ModelConfig,
+    /// Weights to begin with; none: random ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartConfig>,
+    /// When the model becomes what `[model]` says.
+    #[serde(default)]
+    pub quantization: StageConfig,
+    /// A teacher to follow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill: Option<DistillConfig>,
     /// The tokens.
     pub data: DataConfig,
     /// How many tokens make a step.
@@ -46,6 +58,10 @@ pub struct DataConfig {
     pub dir: PathBuf,
     /// Seed of the order of the sequences.
     pub seed: u64,
+    /// Whether a token sees those of its own document alone. The default lets it
+    /// see all before it in its sequence.
+    #[serde(default)]
+    pub mask_documents: bool,
 }
 
 /// The `[batch]` table.
@@ -134,6 +150,10 @@ impl TrainConfig {
         self.model.validate()?;
         self.validate_batch()?;
         self.schedule.validate()?;
+        self.quantization.validate(&self.model)?;
+        if let Some(distill) = &self.distill {
+            distill.validate(&self.model)?;
+        }
         let o = &self.optimizer;
         for (key, v, low, below) in [
             ("optimizer.beta1", o.beta1, 0.0, 1.0),
@@ -203,7 +223,10 @@ pub(crate) mod tests {
             run_dir: dir.join("run"),
             seed: 1,
             model: ModelConfig::tiny(),
-            data: DataConfig { dir: dir.join("data"), seed: 2 },
+            start: None,
+            quantization: StageConfig::default(),
+            distill: None,
+            data: DataConfig { dir: dir.join("data"), seed: 2, mask_documents: false },
             batch: BatchConfig { tokens: 128, sequence: 32, micro_batch: 2 },
             schedule: ScheduleConfig {
                 kind: ScheduleKind::TwoStage,

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use bitnet_core::{ConfigError, Exit};
 use bitnet_data::DataError;
 use bitnet_format::hf::HfError;
+use bitnet_format::model::ModelError;
 
 /// An error of this crate. Each message names the file, key or step it is about.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +89,12 @@ pub enum TrainError {
     /// A checkpoint's model cannot be read or written.
     #[error(transparent)]
     Format(#[from] HfError),
+    /// A model to start from, or a teacher, that cannot be read.
+    #[error(transparent)]
+    Start(#[from] ModelError),
+    /// The processes of a run cannot work together.
+    #[error("ranks: {0}")]
+    Ranks(String),
     /// Something could not be read or written; the message names the path.
     #[error(transparent)]
     Io(#[from] io::Error),
@@ -144,9 +151,10 @@ impl TrainError {
             | Self::Value { .. }
             | Self::Model(_)
             | Self::DeviceName { .. }
-            | Self::RunFolder { .. } => Exit::Usage,
+            | Self::RunFolder { .. }
+            | Self::Ranks(_) => Exit::Usage,
             Self::Format(HfError::Write { .. }) => Exit::Failed,
-            Self::Checkpoint { .. } | Self::Format(_) => Exit::BadInput,
+            Self::Checkpoint { .. } | Self::Format(_) | Self::Start(_) => Exit::BadInput,
             Self::Data(e) => e.exit(),
             Self::DeviceLost { .. } | Self::Io(_) | Self::Plot { .. } | Self::NonFinite { .. } => {
                 Exit::Failed

@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::TrainError;
 use crate::checkpoint::Golden;
 use crate::config::SampleConfig;
+use crate::distill::Examples;
 use crate::model::Transformer;
 
 /// Tokens of the golden prompt: enough for every attention head to have a past.
@@ -20,6 +21,22 @@ pub(crate) fn ids(ids: &[u32], rows: usize, device: &Device) -> Tensor<2, Int> {
     let values: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
     let columns = values.len() / rows.max(1);
     Tensor::from_data(TensorData::new(values, [rows, columns]), device)
+}
+
+/// A batch as the model learns from it. `end`: the token that ends a document,
+/// where documents do not see each other.
+pub(crate) fn examples(batch: &Batch, end: Option<u32>, device: &Device) -> Examples {
+    let (tokens, targets) = tensors(batch, device);
+    let documents = end.map(|end| document_lengths(&batch.inputs, batch.context, end).into());
+    Examples { tokens, targets, documents, weights: None }
+}
+
+/// The lengths of the parts of documents in windows of `context` tokens, in order:
+/// a part ends with the token `end`, or with its window.
+fn document_lengths(tokens: &[u32], context: usize, end: u32) -> Vec<usize> {
+    let window =
+        |w: &[u32]| -> Vec<usize> { w.split_inclusive(|&t| t == end).map(<[u32]>::len).collect() };
+    tokens.chunks(context).flat_map(window).collect()
 }
 
 /// Inputs and targets of a batch, both `[B, T]`.
@@ -139,6 +156,13 @@ fn choose(logits: &[f32], temperature: f64, u: f64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn documents_end_with_their_token_or_their_window() {
+        let tokens = [5, 0, 7, 8, 0, 0, 3, 4, 0, 1, 2, 3];
+        assert_eq!(document_lengths(&tokens, 4, 0), [2, 2, 1, 1, 2, 1, 3]);
+        assert_eq!(document_lengths(&tokens, 12, 9), [12]);
+    }
 
     #[test]
     fn chooses_by_weight() {

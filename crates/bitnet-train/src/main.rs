@@ -11,7 +11,7 @@ use bitnet_core::{Exit, ExitError, exit};
 use bitnet_format::json::write_json;
 use bitnet_kernels::Kernels;
 use bitnet_train::device::DeviceChoice;
-use bitnet_train::{RunOptions, Stop, Summary, TrainConfig, TrainError, config_file};
+use bitnet_train::{Ranks, RunOptions, Stop, Summary, TrainConfig, TrainError, config_file};
 use clap::Parser;
 
 /// Train a ternary language model.
@@ -91,7 +91,19 @@ fn run(args: &Args) -> Result<(), ExitError> {
         RunOptions { config, device: args.device, resume: args.resume, until: args.until };
     let stop = Stop::default();
     on_interrupt(stop.clone())?;
-    let summary = bitnet_train::run(&options, &stop).map_err(coded)?;
+    let ranks = Ranks::open().map_err(coded)?;
+    let summary = match bitnet_train::run_on(&ranks, &options, &stop) {
+        Ok(summary) => summary,
+        // The others wait for this one.
+        Err(error) if ranks.size() > 1 => {
+            eprintln!("error on rank {}: {}", ranks.rank(), exit::chain(&error));
+            ranks.abort(error.exit().code());
+        }
+        Err(error) => return Err(coded(error)),
+    };
+    if !ranks.is_first() {
+        return Ok(());
+    }
     report(&summary, args.json.as_deref()).map_err(|e| ExitError::new(Exit::Failed, e))
 }
 

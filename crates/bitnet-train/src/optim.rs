@@ -15,6 +15,7 @@ use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use rayon::prelude::*;
 
 use crate::config::OptimizerConfig;
+use crate::ranks::Ranks;
 use crate::schedule::Rates;
 
 /// Elements that one task of a parallel loop takes. Fixed, so that sums come in
@@ -34,6 +35,19 @@ impl GradientSum {
         let params = GradientsParams::from_grads(gradients, model);
         let mut visitor = Adder { sum: &mut self.tensors, next: 0, params };
         model.visit(&mut visitor);
+    }
+
+    /// Adds up the sums of all ranks, so that each has the whole.
+    pub fn add_ranks(&mut self, ranks: &Ranks) {
+        if ranks.size() == 1 {
+            return;
+        }
+        for tensor in self.tensors.iter_mut().flatten() {
+            let device = tensor.device();
+            let mut data = take(tensor, &device);
+            ranks.sum(slice_mut(&mut data));
+            *tensor = Tensor::from_data(data, &device);
+        }
     }
 
     /// The Euclidean norm of all of it. `host`: the tensors lie in host memory.

@@ -18,12 +18,15 @@ use serde::Serialize;
 use crate::checkpoint::{self, Snapshot, State};
 use crate::config::TrainConfig;
 use crate::device::DeviceChoice;
+use crate::distill::Teacher;
 use crate::error::with_path;
 use crate::metrics::{self, EvalMetric, Log, Metric, Sample, TrainMetric};
 use crate::model::Transformer;
 use crate::optim::{AdamW, GradientSum};
 use crate::progress::{Progress, duration};
-use crate::{TrainError, config_file, evaluate, memory, plot};
+use crate::ranks::Ranks;
+use crate::stage::Stage;
+use crate::{TrainError, config_file, distill, evaluate, memory, plot, start};
 
 /// Steps over which a run's final training loss is averaged.
 const LAST_STEPS: usize = 100;
@@ -93,7 +96,17 @@ pub struct Summary {
 /// See [`TrainError`]; [`TrainError::Interrupted`] when `stop` was requested, with
 /// a checkpoint saved.
 pub fn run(options: &RunOptions, stop: &Stop) -> Result<Summary, TrainError> {
-    let (mut trainer, mut model) = Trainer::open(options)?;
+    run_on(&Ranks::open()?, options, stop)
+}
+
+/// Trains as one of several processes. Rank 0 writes the run folder and returns
+/// what the run came to; the others return the same steps without losses.
+///
+/// # Errors
+/// As [`run`]; where one rank fails, the others wait until they are ended with
+/// [`Ranks::abort`].
+pub fn run_on(ranks: &Ranks, options: &RunOptions, stop: &Stop) -> Result<Summary, TrainError> {
+    let (mut trainer, mut model) = Trainer::open(options, ranks)?;
     let config = options.config.clone();
     while trainer.state.step < trainer.end {
         if trainer.due(config.eval.every, trainer.state.evaluated_at) {
@@ -116,7 +129,8 @@ pub fn run(options: &RunOptions, stop: &Stop) -> Result<Summary, TrainError> {
 }
 
 /// A run between two steps, all but the model, which a step consumes.
-struct Trainer {
+struct Trainer<'r> {
+    ranks: &'r Ranks,
     config: TrainConfig,
     choice: DeviceChoice,
     device: Device,
@@ -124,22 +138,23 @@ struct Trainer {
     stream: BatchStream,
     validation: Dataset,
     tokenizer: Tokenizer,
+    teacher: Option<Teacher>,
     state: State,
     saved_at: Option<u64>,
     checkpoint: Option<PathBuf>,
     end: u64,
     /// Seconds of the run before this process, and when this process began.
     clock: (f64, Instant),
-    metrics: Log,
-    samples: Log,
+    /// `metrics.jsonl` and `samples.jsonl`, on the rank that writes.
+    logs: Option<[Log; 2]>,
     progress: Progress,
     /// Held as long as the run folder is in use.
-    _lock: File,
+    _lock: Option<File>,
 }
 
-impl Trainer {
+impl<'r> Trainer<'r> {
     /// Checks everything, then makes or resumes the run.
-    fn open(options: &RunOptions) -> Result<(Self, Transformer), TrainError> {
+    fn open(options: &RunOptions, ranks: &'r Ranks) -> Result<(Self, Transformer), TrainError> {
         let config = options.config.clone();
         config.validate()?;
         let train = Dataset::open(&config.data.dir, Split::Train)?;
@@ -148,19 +163,37 @@ impl Trainer {
         check_data(&config, &train, &validation, &tokenizer)?;
         let device = options.device.open()?.autodiff();
         let run_dir = &config.run_dir;
-        let _lock = lock(run_dir)?;
+        ranks.check(config.batch.micro_steps())?;
+        let _lock = ranks.is_first().then(|| lock(run_dir)).transpose()?;
+        if ranks.is_first() {
+            checkpoint::sweep(run_dir)?;
+        }
+        // Behind it no rank sees what an earlier process left half done.
+        ranks.barrier();
         let found = find_checkpoint(run_dir, options.resume)?;
         let text = config_file::to_toml(&config)?;
         let saved_config = fs::read_to_string(run_dir.join("config.toml")).ok();
-        write_atomic(run_dir.join("config.toml"), |w| {
-            std::io::Write::write_all(w, text.as_bytes())
-        })?;
+        ranks.barrier();
+        if ranks.is_first() {
+            write_atomic(run_dir.join("config.toml"), |w| {
+                std::io::Write::write_all(w, text.as_bytes())
+            })?;
+        }
         let corpus = train.manifest().corpus_hash.clone();
         let mut stream = BatchStream::new(train, config.batch.sequence, config.data.seed)?;
         let mut model = Transformer::new(&config.model, config.seed, &device);
         let host = options.device.is_host();
         let mut optimizer = AdamW::new(&config.optimizer, &model, &device, host);
         let mut state = State::new(stream.state(), corpus, tokenizer.hash_hex());
+        let mut notes = Vec::new();
+        if let (Some(from), None) = (&config.start, &found) {
+            let start;
+            (model, start) = start::load(&from.from, &config.model, model, &tokenizer.to_json())?;
+            notes = start.notes;
+        }
+        let plain = device.clone().without_autodiff();
+        let teacher = config.distill.as_ref();
+        let teacher = teacher.map(|d| Teacher::open(d, &config.model, &plain)).transpose()?;
         if let Some(path) = &found {
             let saved = checkpoint::load_state(path)?;
             check_resumed(path, &saved, &state, &config)?;
@@ -170,9 +203,16 @@ impl Trainer {
         }
         let steps = config.schedule.steps;
         let end = options.until.map_or(steps, |until| until.min(steps));
+        config.quantization.at(state.step, steps).apply(&config.model, &mut model);
+        let log = |name: &str| Log::open(&run_dir.join(name), state.step);
+        let logs = match ranks.is_first() {
+            true => Some([log("metrics.jsonl")?, log("samples.jsonl")?]),
+            false => None,
+        };
         let trainer = Self {
-            metrics: Log::open(&run_dir.join("metrics.jsonl"), state.step)?,
-            samples: Log::open(&run_dir.join("samples.jsonl"), state.step)?,
+            ranks,
+            teacher,
+            logs,
             progress: Progress::new(end, state.step),
             saved_at: found.as_ref().map(|_| state.step),
             checkpoint: found,
@@ -189,10 +229,11 @@ impl Trainer {
             _lock,
         };
         trainer.introduce();
+        notes.iter().for_each(|note| trainer.say(note));
         // What is continued with other values is no longer bit for bit one run.
         if let (Some(saved), Some(_)) = (saved_config, &trainer.checkpoint) {
             for change in config_file::changes(&saved, &trainer.config) {
-                trainer.progress.line(&format!("changed since the run began: {change}"));
+                trainer.say(&format!("changed since the run began: {change}"));
             }
         }
         Ok((trainer, model))
@@ -204,8 +245,12 @@ impl Trainer {
             Some(path) => format!(", going on from {}", path.display()),
             None => String::new(),
         };
-        self.progress.line(&format!(
-            "{}: {:.2}M parameters, steps {}..{} of {} tokens on {}{from}",
+        let among = match self.ranks.size() {
+            1 => String::new(),
+            n => format!(", {n} ranks"),
+        };
+        self.say(&format!(
+            "{}: {:.2}M parameters, steps {}..{} of {} tokens on {}{among}{from}",
             c.name,
             c.model.parameter_count().total() as f64 / 1e6,
             self.state.step,
@@ -213,6 +258,24 @@ impl Trainer {
             c.batch.tokens,
             self.choice,
         ));
+        if let Some(teacher) = &self.teacher {
+            self.say(&format!("following the teacher {}", teacher.path().display()));
+        }
+    }
+
+    /// Shows a line that stays, once for all ranks.
+    fn say(&self, line: &str) {
+        if self.ranks.is_first() {
+            self.progress.line(line);
+        }
+    }
+
+    /// Appends to `metrics.jsonl`, on the rank that writes.
+    fn write_metric(&mut self, metric: &Metric) -> Result<(), TrainError> {
+        match &mut self.logs {
+            Some([metrics, _]) => Ok(metrics.write(metric)?),
+            None => Ok(()),
+        }
     }
 
     /// Whether something that happens every `every` steps, and happened last at
@@ -223,6 +286,10 @@ impl Trainer {
     }
 
     fn evaluate(&mut self, model: &Transformer) -> Result<(), TrainError> {
+        self.state.evaluated_at = Some(self.state.step);
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         let (b, windows) = (&self.config.batch, self.config.eval.windows);
         let (val_loss, tokens) = evaluate::validation_loss(
             &model.valid(),
@@ -237,14 +304,17 @@ impl Trainer {
         }
         let step = self.state.step;
         let seconds = self.seconds();
-        self.metrics.write(&Metric::Eval(EvalMetric { step, val_loss, tokens, seconds }))?;
-        self.state.evaluated_at = Some(step);
+        self.write_metric(&Metric::Eval(EvalMetric { step, val_loss, tokens, seconds }))?;
         self.state.val_loss = Some(val_loss);
-        self.progress.line(&format!("step {step}: validation loss {val_loss:.4} nats per token"));
+        self.say(&format!("step {step}: validation loss {val_loss:.4} nats per token"));
         Ok(())
     }
 
     fn sample(&mut self, model: &Transformer) -> Result<(), TrainError> {
+        self.state.sampled_at = Some(self.state.step);
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         let (step, context) = (self.state.step, self.config.model.max_position_embeddings);
         let (model, device) = (model.valid(), self.device.clone().without_autodiff());
         let config = self.config.sample.clone();
@@ -254,19 +324,27 @@ impl Trainer {
             let tokenizer = &self.tokenizer;
             let text =
                 evaluate::sample(&model, tokenizer, &config, prompt, context, seed, &device)?;
-            self.progress.line(&format!("step {step}: {prompt:?} → {text:?}"));
-            self.samples.write(&Sample { step, prompt: prompt.clone(), text })?;
+            self.say(&format!("step {step}: {prompt:?} → {text:?}"));
+            if let Some([_, samples]) = &mut self.logs {
+                samples.write(&Sample { step, prompt: prompt.clone(), text })?;
+            }
         }
-        self.state.sampled_at = Some(step);
         Ok(())
     }
 
     fn save(&mut self, model: &Transformer) -> Result<(), TrainError> {
+        self.saved_at = Some(self.state.step);
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         self.state.seconds = self.seconds();
         self.state.batches = self.stream.state();
         let plain = self.device.clone().without_autodiff();
         let context = self.config.model.max_position_embeddings;
-        let golden = evaluate::golden(&model.valid(), &self.validation, context, &plain)?;
+        // What is exported is the finished model, whatever stage this one is in.
+        let mut finished = model.valid();
+        Stage::FINAL.apply(&self.config.model, &mut finished);
+        let golden = evaluate::golden(&finished, &self.validation, context, &plain)?;
         let snapshot = Snapshot {
             state: &self.state,
             config: &self.config.model,
@@ -276,16 +354,16 @@ impl Trainer {
             golden: &golden,
         };
         let path = checkpoint::save(&self.config.run_dir, self.config.checkpoint.keep, &snapshot)?;
-        self.saved_at = Some(self.state.step);
         self.checkpoint = Some(path);
         self.plot()
     }
 
     /// One step: the gradients of the micro-steps, their norm, the update. Without
-    /// a metric where `stop` was requested: then nothing has changed.
+    /// a metric where `stop` was requested: then nothing has changed. Every rank
+    /// takes its share of the micro-steps.
     fn step(
         &mut self,
-        model: Transformer,
+        mut model: Transformer,
         stop: &Stop,
     ) -> Result<(Transformer, Option<TrainMetric>), TrainError> {
         let started = Instant::now();
@@ -293,29 +371,44 @@ impl Trainer {
         let micro_steps = self.config.batch.micro_steps();
         let mut sum = GradientSum::default();
         let mut loss = 0.0;
-        for _ in 0..micro_steps {
-            if stop.requested() {
-                self.stream = before;
-                return Ok((model, None));
-            }
+        let end = self.config.data.mask_documents.then_some(self.stream.dataset().eos_id());
+        let mut stopped = false;
+        for micro in 0..micro_steps {
             let batch = self.stream.next_batch(self.config.batch.micro_batch)?;
-            let (inputs, targets) = evaluate::tensors(&batch, &self.device);
-            let mean = model.loss(inputs, targets);
-            let value = f64::from(mean.clone().into_scalar::<f32>());
-            if !value.is_finite() {
-                return Err(self.non_finite("the loss", value));
+            if micro % self.ranks.size() != self.ranks.rank() {
+                continue;
             }
+            stopped |= stop.requested();
+            if stopped {
+                break;
+            }
+            let examples = evaluate::examples(&batch, end, &self.device);
+            let mean = distill::loss(&model, &examples, self.teacher.as_ref());
+            let value = f64::from(mean.clone().into_scalar::<f32>());
             loss += value / micro_steps as f64;
-            sum.add(&model, mean.backward());
+            if value.is_finite() {
+                sum.add(&model, mean.backward());
+            }
         }
+        if self.ranks.any(stopped) {
+            self.stream = before;
+            return Ok((model, None));
+        }
+        let loss = self.ranks.sum_f64(loss);
+        if !loss.is_finite() {
+            return Err(self.non_finite("the loss", loss));
+        }
+        sum.add_ranks(self.ranks);
         let norm = sum.norm(self.choice.is_host());
         if !norm.is_finite() {
             return Err(self.non_finite("the gradient's norm", norm));
         }
         let rates = self.config.schedule.rates(self.state.step);
-        let model = self.optimizer.step(model, sum, norm, micro_steps, rates);
+        model = self.optimizer.step(model, sum, norm, micro_steps, rates);
         let tokens = self.config.batch.tokens as u64;
         self.state.step += 1;
+        let stage = self.config.quantization.at(self.state.step, self.config.schedule.steps);
+        stage.apply(&self.config.model, &mut model);
         self.state.tokens += tokens;
         let metric = TrainMetric {
             step: self.state.step,
@@ -330,8 +423,10 @@ impl Trainer {
     }
 
     fn log(&mut self, metric: TrainMetric) -> Result<(), TrainError> {
-        self.progress.step(&metric);
-        Ok(self.metrics.write(&Metric::Train(metric))?)
+        if self.ranks.is_first() {
+            self.progress.step(&metric);
+        }
+        self.write_metric(&Metric::Train(metric))
     }
 
     fn interrupted(&mut self, model: &Transformer) -> Result<TrainError, TrainError> {
@@ -370,6 +465,9 @@ impl Trainer {
     }
 
     fn plot(&self) -> Result<(), TrainError> {
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         let metrics = metrics::read(&self.config.run_dir.join("metrics.jsonl"))?;
         plot::draw(&self.config.run_dir, &self.config.name, &metrics)
     }
@@ -471,7 +569,6 @@ fn lock(run_dir: &Path) -> Result<File, TrainError> {
 
 /// The checkpoint to go on from.
 fn find_checkpoint(run_dir: &Path, resume: bool) -> Result<Option<PathBuf>, TrainError> {
-    checkpoint::sweep(run_dir)?;
     match checkpoint::list(run_dir)?.pop() {
         Some((step, _)) if !resume => Err(TrainError::RunFolder {
             path: run_dir.to_path_buf(),

@@ -1,5 +1,7 @@
 //! The modules of one block.
 
+use std::sync::Arc;
+
 use bitnet_core::names::{Linear, Norm};
 use bitnet_core::{Activation, ModelConfig};
 use burn::module::{Module, Param};
@@ -73,6 +75,23 @@ impl RmsNorm {
     }
 }
 
+/// How the rows of `[B·T, D]` belong together.
+#[derive(Debug, Clone)]
+pub struct Rows {
+    /// Sequences B.
+    pub batch: usize,
+    /// The documents that do not see each other; see [`AttentionShape::documents`].
+    pub documents: Option<Arc<[usize]>>,
+}
+
+impl Rows {
+    /// Sequences that are one document each.
+    #[must_use]
+    pub fn whole(batch: usize) -> Self {
+        Self { batch, documents: None }
+    }
+}
+
 /// Causal grouped-query attention.
 #[derive(Module, Debug)]
 pub struct Attention {
@@ -97,15 +116,16 @@ pub struct Attention {
 }
 
 impl Attention {
-    fn forward(&self, h: Tensor<2>, batch: usize, trace: &mut Option<LayerTrace<'_>>) -> Tensor<2> {
+    fn forward(&self, h: Tensor<2>, rows: &Rows, trace: &mut Option<LayerTrace<'_>>) -> Tensor<2> {
         let [tokens, _] = h.dims();
         let shape = AttentionShape {
-            batch,
-            time: tokens / batch,
+            batch: rows.batch,
+            time: tokens / rows.batch,
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             rope_theta: self.rope_theta,
+            documents: rows.documents.clone(),
         };
         let q = self.q.traced(h.clone(), Linear::Q, trace);
         let k = self.k.traced(h.clone(), Linear::K, trace);
@@ -199,16 +219,18 @@ impl Block {
     pub fn forward(
         &self,
         x: Tensor<2>,
-        batch: usize,
+        rows: &Rows,
         mut trace: Option<LayerTrace<'_>>,
     ) -> Tensor<2> {
         let h = self.attention_norm.forward(x.clone());
-        let x = x + self.attention.forward(h, batch, &mut trace);
+        let x = x + self.attention.forward(h, rows, &mut trace);
         let h = self.feed_forward_norm.forward(x.clone());
         x + self.feed_forward.forward(h, &mut trace)
     }
 
-    pub(super) fn linear(&self, which: Linear) -> &BitLinear {
+    /// The linear layer of that name.
+    #[must_use]
+    pub fn linear(&self, which: Linear) -> &BitLinear {
         match which {
             Linear::Q => &self.attention.q,
             Linear::K => &self.attention.k,

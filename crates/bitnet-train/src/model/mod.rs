@@ -8,5 +8,5 @@
 mod block;
 mod transformer;
 
-pub use block::{Attention, BitLinear, Block, FeedForward, RmsNorm};
+pub use block::{Attention, BitLinear, Block, FeedForward, RmsNorm, Rows};
 pub use transformer::{LayerTrace, NamedTensor, Transformer};

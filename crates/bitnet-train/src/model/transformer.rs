@@ -1,5 +1,7 @@
 //! The whole model, its initialisation and its tensors by name.
 
+use std::sync::Arc;
+
 use bitnet_core::names::{self, Linear, Norm};
 use bitnet_core::{Dtype, ModelConfig};
 use burn::module::{Module, Param};
@@ -7,8 +9,8 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::block::{Block, RmsNorm};
-use crate::ops;
+use super::block::{Block, RmsNorm, Rows};
+use crate::ops::{self, LinearRecipe};
 
 /// Receives (layer, input `[tokens, in]`, output `[tokens, out]`) of every linear
 /// layer of a block, in the order they run.
@@ -99,7 +101,7 @@ impl Transformer {
     /// `tokens` is `[B, T]`, the result `[B, T, V]`.
     pub fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let [batch, time] = tokens.dims();
-        let (hidden, head) = self.hidden(tokens, &mut |_, _, _, _| ());
+        let (hidden, head) = self.hidden(tokens, None, &mut |_, _, _, _| ());
         let logits = ops::logits(hidden, head);
         let [_, vocab] = logits.dims();
         logits.reshape([batch, time, vocab])
@@ -108,7 +110,7 @@ impl Transformer {
     /// The logits of the last position of every sequence, `[B, V]`.
     pub fn forward_last(&self, tokens: Tensor<2, Int>) -> Tensor<2> {
         let [batch, time] = tokens.dims();
-        let (hidden, head) = self.hidden(tokens, &mut |_, _, _, _| ());
+        let (hidden, head) = self.hidden(tokens, None, &mut |_, _, _, _| ());
         let [_, size] = hidden.dims();
         let last = hidden.reshape([batch, time, size]).narrow(1, time - 1, 1);
         ops::logits(last.reshape([batch, size]), head)
@@ -120,7 +122,7 @@ impl Transformer {
     /// `tokens` and `targets` are `[B, T]`, the result is `[1]`.
     pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
         let [batch, time] = tokens.dims();
-        let (hidden, head) = self.hidden(tokens, &mut |_, _, _, _| ());
+        let (hidden, head) = self.hidden(tokens, None, &mut |_, _, _, _| ());
         ops::cross_entropy(hidden, head, targets.reshape([batch * time]))
     }
 
@@ -131,14 +133,17 @@ impl Transformer {
         tokens: Tensor<2, Int>,
         trace: &mut dyn FnMut(usize, Linear, Tensor<2>, Tensor<2>),
     ) -> Tensor<2> {
-        let (hidden, head) = self.hidden(tokens, trace);
+        let (hidden, head) = self.hidden(tokens, None, trace);
         ops::logits(hidden, head)
     }
 
     /// The normed hidden state `[B · T, D]` and the head's weights as stored.
-    fn hidden(
+    /// `documents`: see [`ops::AttentionShape::documents`]; `trace`: see
+    /// [`Transformer::forward_traced`].
+    pub fn hidden(
         &self,
         tokens: Tensor<2, Int>,
+        documents: Option<Arc<[usize]>>,
         trace: &mut dyn FnMut(usize, Linear, Tensor<2>, Tensor<2>),
     ) -> (Tensor<2>, Tensor<2>) {
         let [batch, _] = tokens.dims();
@@ -147,12 +152,22 @@ impl Transformer {
             Some(head) => ops::round_to(head.val(), self.embedding_dtype.0),
             None => embedding.clone(),
         };
+        let rows = Rows { batch, documents };
         let mut x = ops::embed(embedding, tokens);
         for (layer, block) in self.blocks.iter().enumerate() {
             let mut trace_layer = |which, input, output| trace(layer, which, input, output);
-            x = block.forward(x, batch, Some(&mut trace_layer));
+            x = block.forward(x, &rows, Some(&mut trace_layer));
         }
         (self.norm.forward(x), head)
+    }
+
+    /// Sets what happens to the weights and inputs of every linear layer.
+    pub fn set_recipes(&mut self, recipe: impl Fn(Linear) -> LinearRecipe) {
+        for block in &mut self.blocks {
+            for which in Linear::ALL {
+                block.linear_mut(which).set_recipe(recipe(which));
+            }
+        }
     }
 
     /// Every parameter, in the order of [`names::tensors`].

@@ -5,6 +5,8 @@
 //! probabilities again, in blocks of queries, from the saved inputs: T × T is
 //! never held.
 
+use std::sync::Arc;
+
 use bitnet_core::rope;
 use bitnet_kernels::{KEY_BLOCK, MatMut, MatRef, gemm, key_blocks_len, store_key};
 use burn::tensor::{Device, Tensor, TensorData, activation};
@@ -16,7 +18,7 @@ use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels};
 const BLOCK: usize = 64;
 
 /// The shape of an attention layer and its batch.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct AttentionShape {
     /// Sequences B.
     pub batch: usize,
@@ -30,12 +32,38 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Base of the rotary frequencies.
     pub rope_theta: f32,
+    /// The lengths of the parts of documents that the sequences consist of, in
+    /// order; none is in two sequences. A token then sees those before it in its
+    /// own part alone, whose positions begin at 0. None: every sequence is one.
+    pub documents: Option<Arc<[usize]>>,
+}
+
+/// Consecutive rows that see each other.
+#[derive(Debug, Clone, Copy)]
+struct Segment {
+    start: usize,
+    len: usize,
 }
 
 impl AttentionShape {
     /// Scores are multiplied by `1 / sqrt(C)`.
     fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
+    }
+
+    /// The rows that see each other, in order.
+    fn segments(&self) -> Vec<Segment> {
+        let whole = || vec![self.time; self.batch];
+        let lengths = self.documents.as_ref().map_or_else(whole, |d| d.to_vec());
+        let mut start = 0;
+        let segment = |len: usize| {
+            let segment = Segment { start, len };
+            start += len;
+            segment
+        };
+        let segments: Vec<Segment> = lengths.into_iter().map(segment).collect();
+        assert_eq!(start, self.batch * self.time, "documents fill the sequences");
+        segments
     }
 
     /// Cosines and sines, each `[T, C/2]`.
@@ -63,18 +91,23 @@ pub fn attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape
     }
     let dims = q.dims();
     let inputs = [q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
-    apply(Attention { shape }, inputs, device.is_autodiff(), dims)
+    let segments = shape.segments();
+    apply(Attention { shape, segments }, inputs, device.is_autodiff(), dims)
 }
 
 /// The same with tensor operations.
 pub fn plain(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
     let AttentionShape { batch: b, time: t, heads: h, kv_heads, head_dim: c, .. } = shape;
+    // For every row, where its segment begins in its sequence.
+    let starts: Vec<usize> =
+        shape.segments().iter().flat_map(|s| std::iter::repeat_n(s.start % t, s.len)).collect();
     let device = q.device();
     let group = h / kv_heads;
     let tables = shape.tables();
     let table = |data: &[f32], device: &Device| {
-        let data = TensorData::new(data.to_vec(), [1, 1, t, c / 2]);
-        Tensor::<4>::from_data(data, device)
+        let row = |i: usize| &data[(i % t - starts[i]) * (c / 2)..][..c / 2];
+        let rows: Vec<f32> = (0..b * t).flat_map(row).copied().collect();
+        Tensor::<4>::from_data(TensorData::new(rows, [b, 1, t, c / 2]), device)
     };
     let (cos, sin) = (table(&tables.cos, &device), table(&tables.sin, &device));
     let rotate = |x: Tensor<4>| {
@@ -94,8 +127,10 @@ pub fn plain(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape) ->
     let v = repeat(heads(v, kv_heads));
     let scores = q.matmul(k.swap_dims(2, 3)) * shape.scale();
     // A large finite number instead of -inf, which some drivers turn into NaN.
-    let above: Vec<f32> = (0..t * t).map(|i| if i % t > i / t { -1e30 } else { 0.0 }).collect();
-    let mask = Tensor::<4>::from_data(TensorData::new(above, [1, 1, t, t]), &device);
+    let unseen = |row: usize, key: usize| key > row % t || key < starts[row];
+    let hide = |i: usize| if unseen(i / t, i % t) { -1e30 } else { 0.0 };
+    let hidden: Vec<f32> = (0..b * t * t).map(hide).collect();
+    let mask = Tensor::<4>::from_data(TensorData::new(hidden, [b, 1, t, t]), &device);
     let out = activation::softmax(scores + mask, 3).matmul(v);
     out.swap_dims(1, 2).reshape([b * t, h * c])
 }
@@ -103,6 +138,7 @@ pub fn plain(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape) ->
 #[derive(Debug, Clone)]
 struct Attention {
     shape: AttentionShape,
+    segments: Vec<Segment>,
 }
 
 struct Tables {
@@ -136,49 +172,57 @@ impl Tables {
     }
 }
 
-/// Copies head `head` of sequence `b` out of `[B·T, n·C]` into `[T, C]`.
-fn gather(x: &[f32], shape: &AttentionShape, heads: usize, b: usize, head: usize) -> Vec<f32> {
-    let (t, c) = (shape.time, shape.head_dim);
-    let mut out = Vec::with_capacity(t * c);
-    for row in x[b * t * heads * c..(b + 1) * t * heads * c].chunks_exact(heads * c) {
+/// Copies head `head` of a segment out of `[B·T, n·C]` into `[len, C]`.
+fn gather(x: &[f32], segment: Segment, c: usize, heads: usize, head: usize) -> Vec<f32> {
+    let Segment { start, len } = segment;
+    let mut out = Vec::with_capacity(len * c);
+    for row in x[start * heads * c..(start + len) * heads * c].chunks_exact(heads * c) {
         out.extend_from_slice(&row[head * c..(head + 1) * c]);
     }
     out
 }
 
-/// Puts heads `[T, C]`, ordered by sequence and head, together to `[B·T, n·C]`.
-fn scatter(parts: &[Vec<f32>], shape: &AttentionShape, heads: usize) -> Vec<f32> {
-    let (t, c) = (shape.time, shape.head_dim);
-    let mut out = vec![0.0f32; shape.batch * t * heads * c];
-    out.par_chunks_mut(heads * c).enumerate().for_each(|(row, out)| {
-        let (b, t) = (row / t, row % t);
-        for (head, out) in out.chunks_exact_mut(c).enumerate() {
-            out.copy_from_slice(&parts[b * heads + head][t * c..(t + 1) * c]);
+/// Puts heads `[len, C]`, ordered by segment and head, together to `[B·T, n·C]`.
+fn scatter(parts: &[Vec<f32>], segments: &[Segment], c: usize, heads: usize) -> Vec<f32> {
+    let rows: usize = segments.iter().map(|s| s.len).sum();
+    let mut out = vec![0.0f32; rows * heads * c];
+    let mut rest = &mut out[..];
+    let mut tasks = Vec::with_capacity(segments.len());
+    for (segment, parts) in segments.iter().zip(parts.chunks_exact(heads)) {
+        let (rows, behind) = rest.split_at_mut(segment.len * heads * c);
+        tasks.push((rows, parts));
+        rest = behind;
+    }
+    tasks.into_par_iter().for_each(|(rows, parts)| {
+        for (t, row) in rows.chunks_exact_mut(heads * c).enumerate() {
+            for (part, out) in parts.iter().zip(row.chunks_exact_mut(c)) {
+                out.copy_from_slice(&part[t * c..(t + 1) * c]);
+            }
         }
     });
     out
 }
 
 impl Attention {
-    /// One key and value head of one sequence: outputs of its query heads, each
-    /// `[T, C]`.
+    /// One key and value head of one segment: outputs of its query heads, each
+    /// `[len, C]`.
     fn forward_group(&self, inputs: &[Buffer; 3], tables: &Tables, task: usize) -> Vec<Vec<f32>> {
         let s = &self.shape;
-        let (b, kv) = (task / s.kv_heads, task % s.kv_heads);
-        let group = s.heads / s.kv_heads;
-        let mut keys = gather(inputs[1].data(), s, s.kv_heads, b, kv);
+        let (segment, kv) = (self.segments[task / s.kv_heads], task % s.kv_heads);
+        let (group, c) = (s.heads / s.kv_heads, s.head_dim);
+        let mut keys = gather(inputs[1].data(), segment, c, s.kv_heads, kv);
         tables.rotate(&mut keys);
-        let mut blocks = vec![0.0f32; key_blocks_len(s.time, s.head_dim)];
+        let mut blocks = vec![0.0f32; key_blocks_len(segment.len, s.head_dim)];
         for (t, key) in keys.chunks_exact(s.head_dim).enumerate() {
             store_key(&mut blocks, t, key);
         }
-        let values = gather(inputs[2].data(), s, s.kv_heads, b, kv);
-        let mut scores = vec![0.0f32; s.time.div_ceil(KEY_BLOCK) * KEY_BLOCK];
+        let values = gather(inputs[2].data(), segment, c, s.kv_heads, kv);
+        let mut scores = vec![0.0f32; segment.len.div_ceil(KEY_BLOCK) * KEY_BLOCK];
         (0..group)
             .map(|g| {
-                let mut q = gather(inputs[0].data(), s, s.heads, b, kv * group + g);
+                let mut q = gather(inputs[0].data(), segment, c, s.heads, kv * group + g);
                 tables.rotate(&mut q);
-                let mut out = vec![0.0f32; s.time * s.head_dim];
+                let mut out = vec![0.0f32; segment.len * s.head_dim];
                 let rows = q.chunks_exact(s.head_dim).zip(out.chunks_exact_mut(s.head_dim));
                 for (t, (q, out)) in rows.enumerate() {
                     kernels().attend(q, &blocks, &values, t + 1, s.scale(), &mut scores, out);
@@ -188,8 +232,8 @@ impl Attention {
             .collect()
     }
 
-    /// One key and value head of one sequence: gradients of its query heads, its
-    /// keys and its values, each `[T, C]`.
+    /// One key and value head of one segment: gradients of its query heads, its
+    /// keys and its values, each `[len, C]`.
     fn backward_group(
         &self,
         inputs: &[Buffer; 3],
@@ -198,18 +242,18 @@ impl Attention {
         task: usize,
     ) -> GroupGradients {
         let s = &self.shape;
-        let (time, c) = (s.time, s.head_dim);
-        let (b, kv) = (task / s.kv_heads, task % s.kv_heads);
+        let (segment, kv) = (self.segments[task / s.kv_heads], task % s.kv_heads);
+        let (time, c) = (segment.len, s.head_dim);
         let group = s.heads / s.kv_heads;
-        let mut keys = gather(inputs[1].data(), s, s.kv_heads, b, kv);
+        let mut keys = gather(inputs[1].data(), segment, c, s.kv_heads, kv);
         tables.rotate(&mut keys);
-        let values = gather(inputs[2].data(), s, s.kv_heads, b, kv);
+        let values = gather(inputs[2].data(), segment, c, s.kv_heads, kv);
         let (mut dk, mut dv) = (vec![0.0f32; time * c], vec![0.0f32; time * c]);
         let mut dqs = Vec::with_capacity(group);
         for g in 0..group {
-            let mut q = gather(inputs[0].data(), s, s.heads, b, kv * group + g);
+            let mut q = gather(inputs[0].data(), segment, c, s.heads, kv * group + g);
             tables.rotate(&mut q);
-            let dout = gather(grad, s, s.heads, b, kv * group + g);
+            let dout = gather(grad, segment, c, s.heads, kv * group + g);
             let mut dq = vec![0.0f32; time * c];
             for start in (0..time).step_by(BLOCK) {
                 let end = (start + BLOCK).min(time);
@@ -287,12 +331,12 @@ impl CpuOp<3> for Attention {
     fn forward(&self, inputs: [Buffer; 3], track: bool) -> (Vec<f32>, Option<[Buffer; 3]>) {
         let s = &self.shape;
         let tables = s.tables();
-        let groups: Vec<Vec<Vec<f32>>> = (0..s.batch * s.kv_heads)
+        let groups: Vec<Vec<Vec<f32>>> = (0..self.segments.len() * s.kv_heads)
             .into_par_iter()
             .map(|task| self.forward_group(&inputs, &tables, task))
             .collect();
         let heads: Vec<Vec<f32>> = groups.into_iter().flatten().collect();
-        (scatter(&heads, s, s.heads), track.then_some(inputs))
+        (scatter(&heads, &self.segments, s.head_dim, s.heads), track.then_some(inputs))
     }
 
     fn backward(
@@ -303,7 +347,7 @@ impl CpuOp<3> for Attention {
     ) -> [Option<Vec<f32>>; 3] {
         let s = &self.shape;
         let tables = s.tables();
-        let groups: Vec<GroupGradients> = (0..s.batch * s.kv_heads)
+        let groups: Vec<GroupGradients> = (0..self.segments.len() * s.kv_heads)
             .into_par_iter()
             .map(|task| self.backward_group(inputs, grad, &tables, task))
             .collect();
@@ -314,9 +358,9 @@ impl CpuOp<3> for Attention {
             dv.push(group.dv);
         }
         [
-            wanted[0].then(|| scatter(&dq, s, s.heads)),
-            wanted[1].then(|| scatter(&dk, s, s.kv_heads)),
-            wanted[2].then(|| scatter(&dv, s, s.kv_heads)),
+            wanted[0].then(|| scatter(&dq, &self.segments, s.head_dim, s.heads)),
+            wanted[1].then(|| scatter(&dk, &self.segments, s.head_dim, s.kv_heads)),
+            wanted[2].then(|| scatter(&dv, &self.segments, s.head_dim, s.kv_heads)),
         ]
     }
 }
@@ -328,10 +372,16 @@ mod tests {
 
     #[test]
     fn equals_the_plain_version_in_value_and_gradient() {
-        for (batch, time, heads, kv_heads) in [(2, 19, 4, 2), (1, 100, 2, 2), (3, 1, 6, 2)] {
-            let head_dim = 8;
+        for (batch, time, heads, kv_heads, documents) in [
+            (2, 19, 4, 2, None),
+            (1, 100, 2, 2, None),
+            (3, 1, 6, 2, None),
+            (2, 80, 4, 2, Some(&[1, 70, 9, 33, 47][..])),
+        ] {
+            let (head_dim, rope_theta) = (8, 10_000.0);
+            let documents = documents.map(Arc::from);
             let shape =
-                AttentionShape { batch, time, heads, kv_heads, head_dim, rope_theta: 10_000.0 };
+                AttentionShape { batch, time, heads, kv_heads, head_dim, rope_theta, documents };
             let rows = batch * time;
             check_gradients(
                 [
@@ -339,8 +389,8 @@ mod tests {
                     random([rows, kv_heads * head_dim], 2.0, 2),
                     random([rows, kv_heads * head_dim], 2.0, 3),
                 ],
-                |[q, k, v]| attention(q, k, v, shape),
-                |[q, k, v]| plain(q, k, v, shape),
+                |[q, k, v]| attention(q, k, v, shape.clone()),
+                |[q, k, v]| plain(q, k, v, shape.clone()),
                 // Softmax over at most 100 positions in another order.
                 1e-5,
             );

@@ -1,8 +1,10 @@
 //! The head: logits, and the cross-entropy that never holds the logits of a
 //! whole batch.
 
+use std::sync::Arc;
+
 use bitnet_kernels::{DenseRows, MatMut, MatRef, gemm};
-use burn::tensor::{Int, Tensor, activation};
+use burn::tensor::{Int, Tensor, TensorData, activation};
 use rayon::prelude::*;
 
 use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels, matmul, sum_in_order};
@@ -66,12 +68,65 @@ impl CpuOp<2> for Logits {
 /// `hidden` is `[tokens, D]`, `weight` is `[V, D]`, `targets` has `tokens` ids;
 /// the result is `[1]`.
 pub fn cross_entropy(hidden: Tensor<2>, weight: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    language_loss(hidden, weight, targets, &Objective::default())
+}
+
+/// What a model is trained towards, token by token: the sum over tokens of
+/// `w · (cross_entropy · CE + factor · KL(teacher ‖ student))`, in nats, both
+/// distributions of the divergence at the teacher's temperature.
+#[derive(Debug, Clone)]
+pub struct Objective {
+    /// The weight w of every token; none: the mean of all. 0 masks a token.
+    pub weights: Option<Vec<f32>>,
+    /// The weight of the cross-entropy.
+    pub cross_entropy: f32,
+    /// Soft targets, for distillation.
+    pub teacher: Option<SoftTargets>,
+}
+
+impl Default for Objective {
+    fn default() -> Self {
+        Self { weights: None, cross_entropy: 1.0, teacher: None }
+    }
+}
+
+/// A teacher's predictions, as what its head multiplies.
+#[derive(Debug, Clone)]
+pub struct SoftTargets {
+    /// Its normed hidden states `[tokens, D]`, without autodiff.
+    pub hidden: Tensor<2>,
+    /// Its head `[V, D]`, without autodiff.
+    pub weight: Tensor<2>,
+    /// The temperature of both distributions.
+    pub temperature: f32,
+    /// The weight of the divergence; its gradient is not scaled by the square of
+    /// the temperature (arXiv:2510.13998).
+    pub factor: f32,
+}
+
+/// The loss of an [`Objective`].
+///
+/// # Shapes
+/// As [`cross_entropy`]; weights and soft targets have as many tokens.
+pub fn language_loss(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    targets: Tensor<1, Int>,
+    objective: &Objective,
+) -> Tensor<1> {
     let device = hidden.device();
     if !is_cpu(&device) {
-        return plain_cross_entropy(hidden, weight, targets);
+        return plain_language_loss(hidden, weight, targets, objective);
     }
     let ([_, cols], [vocab, _]) = (hidden.dims(), weight.dims());
-    let op = CrossEntropy { targets: host_tokens(targets), vocab, cols };
+    let op = LanguageLoss {
+        targets: host_tokens(targets),
+        vocab,
+        cols,
+        weights: objective.weights.clone(),
+        cross_entropy: objective.cross_entropy,
+        teacher: objective.teacher.as_ref().map(Teacher::new),
+    };
     let inputs = [hidden.into_dispatch(), weight.into_dispatch()];
     apply(op, inputs, device.is_autodiff(), [1])
 }
@@ -82,43 +137,151 @@ pub fn plain_cross_entropy(
     weight: Tensor<2>,
     targets: Tensor<1, Int>,
 ) -> Tensor<1> {
+    plain_language_loss(hidden, weight, targets, &Objective::default())
+}
+
+/// The same with tensor operations.
+pub fn plain_language_loss(
+    hidden: Tensor<2>,
+    weight: Tensor<2>,
+    targets: Tensor<1, Int>,
+    objective: &Objective,
+) -> Tensor<1> {
     let [tokens] = targets.dims();
-    let log_probabilities = activation::log_softmax(plain_logits(hidden, weight), 1);
-    log_probabilities.gather(1, targets.reshape([tokens, 1])).mean().neg()
+    let device = hidden.device();
+    let logits = plain_logits(hidden, weight);
+    let log_probabilities = activation::log_softmax(logits.clone(), 1);
+    let ce = log_probabilities.gather(1, targets.reshape([tokens, 1])).neg();
+    let mut loss = ce.mul_scalar(objective.cross_entropy);
+    if let Some(teacher) = &objective.teacher {
+        let soft =
+            |logits: Tensor<2>| activation::log_softmax(logits.div_scalar(teacher.temperature), 1);
+        let given = plain_logits(teacher.hidden.clone(), teacher.weight.clone());
+        let given = if device.is_autodiff() { Tensor::from_inner(given) } else { given };
+        let given = soft(given);
+        let divergence = (given.clone().exp() * (given - soft(logits))).sum_dim(1);
+        loss = loss + divergence.mul_scalar(teacher.factor);
+    }
+    match &objective.weights {
+        None => loss.mean(),
+        Some(weights) => {
+            let weights = TensorData::new(weights.clone(), [tokens, 1]);
+            (loss * Tensor::from_data(weights, &device)).sum()
+        }
+    }
 }
 
 #[derive(Debug, Clone)]
-struct CrossEntropy {
+struct LanguageLoss {
     targets: Vec<usize>,
     vocab: usize,
     cols: usize,
+    weights: Option<Vec<f32>>,
+    cross_entropy: f32,
+    teacher: Option<Teacher>,
 }
 
-/// The gradients of the mean loss, computed with it.
+/// [`SoftTargets`] on the host.
+#[derive(Debug, Clone)]
+struct Teacher {
+    hidden: Arc<Vec<f32>>,
+    weight: Arc<Vec<f32>>,
+    cols: usize,
+    temperature: f32,
+    factor: f32,
+}
+
+impl Teacher {
+    fn new(targets: &SoftTargets) -> Self {
+        let values = |t: &Tensor<2>| {
+            let data = t.to_data().try_into_vec::<f32>();
+            Arc::new(data.unwrap_or_else(|e| unreachable!("a teacher computes in f32: {e:?}")))
+        };
+        let [_, cols] = targets.hidden.dims();
+        let (temperature, factor) = (targets.temperature, targets.factor);
+        let (hidden, weight) = (values(&targets.hidden), values(&targets.weight));
+        Self { hidden, weight, cols, temperature, factor }
+    }
+
+    /// The logits of tokens `first..first + n`, `[n, vocab]`.
+    fn logits(&self, first: usize, n: usize, vocab: usize) -> Vec<f32> {
+        let cols = self.cols;
+        let mut out = vec![0.0f32; n * vocab];
+        let x = MatRef::new(&self.hidden[first * cols..], n, cols, cols);
+        let w = MatRef::new(&self.weight, vocab, cols, cols);
+        gemm(&mut MatMut::new(&mut out, n, vocab), x, w.t(), 1.0, false);
+        out
+    }
+
+    /// The divergence of one token. `student` are its logits, `given` becomes the
+    /// gradient of `factor` times the divergence with respect to them.
+    fn divergence(&self, student: &[f32], given: &mut [f32]) -> f64 {
+        let inv = 1.0 / self.temperature;
+        let soften = |logits: &mut [f32]| {
+            logits.iter_mut().for_each(|x| *x *= inv);
+            let raw = logits.to_vec();
+            let (max, sum) = kernels().exp_sum(logits);
+            (raw, f64::from(max) + f64::from(sum).ln(), 1.0 / sum)
+        };
+        let mut own = student.to_vec();
+        let (own_raw, own_log, own_inv) = soften(&mut own);
+        let (given_raw, given_log, given_inv) = soften(given);
+        let mut total = 0.0f64;
+        for (i, (p, q)) in given.iter_mut().zip(&own).enumerate() {
+            let probability = *p * given_inv;
+            let difference =
+                (f64::from(given_raw[i]) - given_log) - (f64::from(own_raw[i]) - own_log);
+            total += f64::from(probability) * difference;
+            *p = (q * own_inv - probability) * (self.factor * inv);
+        }
+        total * f64::from(self.factor)
+    }
+}
+
+/// The gradients of the loss, computed with it.
 struct Gradients {
     hidden: Vec<f32>,
     weight: Vec<f32>,
 }
 
-impl CrossEntropy {
-    /// Losses of some tokens; `logits` becomes the gradient of the *mean* loss
-    /// with respect to them.
-    fn losses(&self, logits: &mut [f32], targets: &[usize]) -> f64 {
-        let scale = 1.0 / self.targets.len() as f32;
+impl LanguageLoss {
+    /// Weighted losses of the tokens from `first` on; `logits` becomes the gradient
+    /// of the loss with respect to them.
+    fn losses(&self, logits: &mut [f32], first: usize) -> f64 {
+        let mean = 1.0 / self.targets.len() as f32;
         let mut total = 0.0f64;
-        for (row, &target) in logits.chunks_exact_mut(self.vocab).zip(targets) {
+        let tokens = logits.len() / self.vocab;
+        let mut soft = self.teacher.as_ref().map(|t| t.logits(first, tokens, self.vocab));
+        for (i, row) in logits.chunks_exact_mut(self.vocab).enumerate() {
+            let token = first + i;
+            let weight = self.weights.as_ref().map_or(mean, |w| w[token]);
+            let scale = weight * self.cross_entropy;
+            let target = self.targets[token];
             let target_logit = row[target];
+            let mut loss = 0.0f64;
+            let mut soft = soft.as_mut().map(|s| &mut s[i * self.vocab..(i + 1) * self.vocab]);
+            if let (Some(teacher), Some(soft)) = (&self.teacher, &mut soft) {
+                loss += teacher.divergence(row, soft);
+            }
             let (max, sum) = kernels().exp_sum(row);
-            total += f64::from(max) + f64::from(sum).ln() - f64::from(target_logit);
+            let ce = f64::from(max) + f64::from(sum).ln() - f64::from(target_logit);
+            loss += ce * f64::from(self.cross_entropy);
             let factor = scale / sum;
             row.iter_mut().for_each(|p| *p *= factor);
             row[target] -= scale;
+            if let Some(soft) = soft {
+                row.iter_mut().zip(soft).for_each(|(p, s)| *p += *s * weight);
+            }
+            total += match &self.weights {
+                None => loss,
+                Some(_) => loss * f64::from(weight),
+            };
         }
         total
     }
 }
 
-impl CpuOp<2> for CrossEntropy {
+impl CpuOp<2> for LanguageLoss {
     type Saved = Gradients;
 
     fn forward(&self, [hidden, weight]: [Buffer; 2], track: bool) -> (Vec<f32>, Option<Gradients>) {
@@ -129,18 +292,18 @@ impl CpuOp<2> for CrossEntropy {
         let mut total = 0.0f64;
         let mut dhidden = vec![0.0f32; if track { hidden.data().len() } else { 0 }];
         let mut dweight = vec![0.0f32; if track { weight.data().len() } else { 0 }];
-        let rounds = hidden.data().chunks(ROUND * cols).zip(self.targets.chunks(ROUND));
-        for (round, (hidden, targets)) in rounds.enumerate() {
-            let tokens = targets.len();
+        for (round, hidden) in hidden.data().chunks(ROUND * cols).enumerate() {
+            let tokens = hidden.len() / cols;
             let mut dlogits = vec![0.0f32; tokens * vocab];
             let losses: Vec<f64> = dlogits
                 .par_chunks_mut(TOKENS * vocab)
-                .zip(hidden.par_chunks(TOKENS * cols).zip(targets.par_chunks(TOKENS)))
-                .map(|(logits, (hidden, targets))| {
-                    let n = targets.len();
+                .zip(hidden.par_chunks(TOKENS * cols))
+                .enumerate()
+                .map(|(part, (logits, hidden))| {
+                    let n = hidden.len() / cols;
                     let x = MatRef::new(hidden, n, cols, cols);
                     gemm(&mut MatMut::new(logits, n, vocab), x, w.t(), 1.0, false);
-                    self.losses(logits, targets)
+                    self.losses(logits, round * ROUND + part * TOKENS)
                 })
                 .collect();
             total += losses.iter().sum::<f64>();
@@ -152,8 +315,11 @@ impl CpuOp<2> for CrossEntropy {
                 dweight = sum_in_order(vec![dweight, dw]);
             }
         }
-        let mean = (total / self.targets.len() as f64) as f32;
-        (vec![mean], track.then_some(Gradients { hidden: dhidden, weight: dweight }))
+        let loss = match &self.weights {
+            None => (total / self.targets.len() as f64) as f32,
+            Some(_) => total as f32,
+        };
+        (vec![loss], track.then_some(Gradients { hidden: dhidden, weight: dweight }))
     }
 
     fn backward(
@@ -169,6 +335,8 @@ impl CpuOp<2> for CrossEntropy {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::Device;
+
     use super::*;
     use crate::ops::cpu::testing::{check_gradients, random};
 
@@ -190,6 +358,58 @@ mod tests {
             run(plain_cross_entropy),
             5e-6,
         );
+    }
+
+    #[test]
+    fn masks_sums_and_soft_targets_equal_the_plain_version() {
+        let (tokens, vocab, cols) = (150, 41, 24);
+        let targets: Vec<i64> = (0..tokens as i64).map(|i| i * 7 % vocab as i64).collect();
+        let mask: Vec<f32> = (0..tokens).map(|i| (i % 3) as f32 * 0.5).collect();
+        let plain_device = Device::flex();
+        let teacher = |factor| SoftTargets {
+            hidden: Tensor::from_data(random([tokens, 16], 2.0, 3), &plain_device),
+            weight: Tensor::from_data(random([vocab, 16], 1.0, 4), &plain_device),
+            temperature: 5.0,
+            factor,
+        };
+        for objective in [
+            Objective { weights: Some(mask.clone()), ..Objective::default() },
+            Objective { teacher: Some(teacher(3.0)), ..Objective::default() },
+            Objective { weights: Some(mask), cross_entropy: 0.0, teacher: Some(teacher(1.0)) },
+        ] {
+            type Loss = fn(Tensor<2>, Tensor<2>, Tensor<1, Int>, &Objective) -> Tensor<1>;
+            let run = |f: Loss| {
+                let (targets, objective) = (targets.clone(), objective.clone());
+                move |[h, w]: [Tensor<2>; 2]| {
+                    let targets = Tensor::<1, Int>::from_data(targets.as_slice(), &h.device());
+                    f(h, w, targets, &objective).reshape([1, 1])
+                }
+            };
+            check_gradients(
+                [random([tokens, cols], 2.0, 1), random([vocab, cols], 1.0, 2)],
+                run(language_loss),
+                run(plain_language_loss),
+                1e-5,
+            );
+        }
+    }
+
+    #[test]
+    fn a_student_equal_to_its_teacher_has_no_divergence() {
+        let device = Device::flex();
+        let hidden = Tensor::<2>::from_data(random([70, 24], 2.0, 1), &device);
+        let weight = Tensor::<2>::from_data(random([41, 24], 1.0, 2), &device);
+        let targets = Tensor::<1, Int>::zeros([70], &device);
+        let teacher = SoftTargets {
+            hidden: hidden.clone(),
+            weight: weight.clone(),
+            temperature: 2.0,
+            factor: 1.0,
+        };
+        let objective =
+            Objective { cross_entropy: 0.0, teacher: Some(teacher), ..Objective::default() };
+        let loss = language_loss(hidden, weight, targets, &objective).into_scalar::<f32>();
+        assert!(loss.abs() < 1e-7, "{loss}");
     }
 
     #[test]

@@ -22,7 +22,7 @@ pub use attention::{AttentionShape, attention};
 pub use bit_linear::bit_linear;
 pub use embedding::{embed, round_to};
 pub use gated::gated;
-pub use head::{cross_entropy, logits};
+pub use head::{Objective, SoftTargets, cross_entropy, language_loss, logits};
 pub use linear::{LinearRecipe, linear, quantized_linear};
 pub use rms_norm::rms_norm;
 
@@ -31,7 +31,10 @@ pub mod plain {
     pub use super::attention::plain as attention;
     pub use super::bit_linear::plain as bit_linear;
     pub use super::gated::plain as gated;
-    pub use super::head::{plain_cross_entropy as cross_entropy, plain_logits as logits};
+    pub use super::head::{
+        plain_cross_entropy as cross_entropy, plain_language_loss as language_loss,
+        plain_logits as logits,
+    };
     pub use super::linear::plain as quantized_linear;
     pub use super::rms_norm::plain as rms_norm;
 }

@@ -1,0 +1,167 @@
+//! Stages of quantisation: when a run's model becomes what its config says.
+
+use bitnet_core::names::Linear;
+use bitnet_core::quantizer::ActivationRecipe;
+use bitnet_core::{ActivationQuantizer, ModelConfig, WeightQuantizer};
+use serde::{Deserialize, Serialize};
+
+use crate::TrainError;
+use crate::model::Transformer;
+use crate::ops::LinearRecipe;
+
+/// The `[quantization]` table: shares of the run's steps. Its default quantises
+/// from the first step on.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StageConfig {
+    /// Until then the model is trained as a float one: 16 → 1.58 bits
+    /// (arXiv:2502.11895).
+    pub float_until: f64,
+    /// For so long after it the quantised weights and activations are blended in,
+    /// in equal steps; 0 switches at once.
+    pub blend: f64,
+    /// Until then activations that end with 4 bits have 8 (arXiv:2411.04965).
+    pub int8_until: f64,
+}
+
+/// What holds at one step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Stage {
+    /// The share of the quantised; see [`LinearRecipe::blend`].
+    pub blend: f32,
+    /// Whether activations have 8 bits, whatever the recipe says.
+    pub int8: bool,
+}
+
+impl Stage {
+    /// The finished model.
+    pub const FINAL: Self = Self { blend: 1.0, int8: false };
+
+    /// The recipe of a linear layer in this stage.
+    #[must_use]
+    pub fn recipe(self, config: &ModelConfig, linear: Linear) -> LinearRecipe {
+        let recipe = LinearRecipe { blend: self.blend, ..LinearRecipe::new(config, linear) };
+        let narrow = [ActivationQuantizer::Int4, ActivationQuantizer::Int4Absmean];
+        if self.int8 && narrow.contains(&recipe.activations) {
+            return LinearRecipe { activations: ActivationQuantizer::Int8, ..recipe };
+        }
+        recipe
+    }
+
+    /// Puts a model into this stage.
+    pub fn apply(self, config: &ModelConfig, model: &mut Transformer) {
+        model.set_recipes(|linear| self.recipe(config, linear));
+    }
+}
+
+impl StageConfig {
+    /// What holds in the step that follows `step` complete ones of `steps`; after
+    /// the last, the finished model.
+    #[must_use]
+    pub fn at(&self, step: u64, steps: u64) -> Stage {
+        if step >= steps {
+            return Stage::FINAL;
+        }
+        let share = |x: f64| (steps as f64 * x).round() as u64;
+        let (start, width) = (share(self.float_until), share(self.blend));
+        let blend = if step < start {
+            0.0
+        } else if step < start + width {
+            ((step - start + 1) as f64 / (width + 1) as f64) as f32
+        } else {
+            1.0
+        };
+        Stage { blend, int8: step < share(self.int8_until) }
+    }
+
+    /// Checks the table against the model.
+    ///
+    /// # Errors
+    /// The first key whose value cannot be used.
+    pub fn validate(&self, model: &ModelConfig) -> Result<(), TrainError> {
+        for (key, value) in [
+            ("quantization.float_until", self.float_until),
+            ("quantization.blend", self.blend),
+            ("quantization.int8_until", self.int8_until),
+        ] {
+            if !(0.0..=1.0).contains(&value) {
+                return Err(TrainError::value(key, value, "must be between 0 and 1"));
+            }
+            if value > 0.0 && model.weight_quantizer == WeightQuantizer::None {
+                let reason = "has no use with model.weight_quantizer = none";
+                return Err(TrainError::value(key, value, reason));
+            }
+        }
+        if self.float_until + self.blend > 1.0 {
+            let reason = "ends after the last step (float_until + blend > 1)";
+            return Err(TrainError::value("quantization.blend", self.blend, reason));
+        }
+        let four_bits = [ActivationRecipe::Int4, ActivationRecipe::A48];
+        if self.int8_until > 0.0 && !four_bits.contains(&model.recipe.activations) {
+            let reason = "has no use: model.recipe.activations is neither int4 nor a4.8";
+            return Err(TrainError::value("quantization.int8_until", self.int8_until, reason));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_the_finished_model_throughout() {
+        for step in [0, 1, 99, 100] {
+            assert_eq!(StageConfig::default().at(step, 100), Stage::FINAL);
+        }
+    }
+
+    #[test]
+    fn float_then_blend_then_ternary() {
+        let stages = StageConfig { float_until: 0.4, blend: 0.3, int8_until: 0.9 };
+        let blend: Vec<f32> = (0..11).map(|s| stages.at(s, 10).blend).collect();
+        assert_eq!(blend, [0.0, 0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]);
+        let int8: Vec<bool> = (0..11).map(|s| stages.at(s, 10).int8).collect();
+        assert_eq!(int8.iter().filter(|b| **b).count(), 9);
+        assert!(!int8[9] && !int8[10]);
+        let all_float = StageConfig { float_until: 1.0, ..StageConfig::default() };
+        assert_eq!((all_float.at(9, 10).blend, all_float.at(10, 10).blend), (0.0, 1.0));
+    }
+
+    #[test]
+    fn what_has_no_use_is_refused() {
+        let tiny = ModelConfig::tiny();
+        let four = ModelConfig {
+            recipe: serde_json::from_str(r#"{"activations":"a4.8"}"#).unwrap(),
+            ..tiny.clone()
+        };
+        let twin = ModelConfig { weight_quantizer: WeightQuantizer::None, ..tiny.clone() };
+        let stages =
+            |float_until, blend, int8_until| StageConfig { float_until, blend, int8_until };
+        stages(0.0, 0.0, 0.5).validate(&four).unwrap();
+        stages(0.5, 0.5, 0.0).validate(&tiny).unwrap();
+        for (stages, model, message) in [
+            (stages(0.0, 0.0, 0.5), &tiny, "quantization.int8_until = 0.5: has no use"),
+            (stages(0.6, 0.5, 0.0), &tiny, "quantization.blend = 0.5: ends after"),
+            (stages(1.1, 0.0, 0.0), &tiny, "quantization.float_until = 1.1: must be"),
+            (stages(f64::NAN, 0.0, 0.0), &tiny, "quantization.float_until = NaN: must be"),
+            (stages(0.1, 0.0, 0.0), &twin, "quantization.float_until = 0.1: has no use"),
+        ] {
+            let error = stages.validate(model).unwrap_err().to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
+    }
+
+    #[test]
+    fn eight_bits_stand_in_for_four() {
+        let config = ModelConfig {
+            recipe: serde_json::from_str(r#"{"activations":"a4.8"}"#).unwrap(),
+            ..ModelConfig::tiny()
+        };
+        let early = Stage { blend: 1.0, int8: true };
+        assert_eq!(early.recipe(&config, Linear::Q).activations, ActivationQuantizer::Int8);
+        let last = Stage::FINAL;
+        assert_eq!(last.recipe(&config, Linear::Q).activations, ActivationQuantizer::Int4Absmean);
+        assert_eq!(last.recipe(&config, Linear::Down).activations, ActivationQuantizer::Int8);
+    }
+}
