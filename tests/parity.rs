@@ -138,6 +138,12 @@ fn also_with_swiglu_an_untied_f32_head_and_no_sub_norms() {
 }
 
 #[test]
+fn also_with_the_other_quantisers_that_can_be_packed() {
+    check(&make(&["model.weight_quantizer=\"binary\""]));
+    check(&make(&["model.recipe.weight_scale=\"absmedian\"", "quantization.float_until=0.5"]));
+}
+
+#[test]
 fn greedy_text_of_256_tokens_is_identical() {
     let model = trained();
     let device = Device::flex();

@@ -49,7 +49,24 @@ fn find_in<'p>(name: &str, folders: impl Iterator<Item = &'p Path>) -> Result<Pa
 pub fn load(path: &Path, overrides: &[String]) -> Result<TrainConfig, TrainError> {
     let text = fs::read_to_string(path).map_err(with_path(path))?;
     let config: TrainConfig = toml::from_str(&text).map_err(|e| config_error(path, &text, &e))?;
-    overrides.iter().try_fold(config, |config, text| apply(config, text))
+    override_keys(config, overrides)
+}
+
+/// Applies overrides in order. A table that they make need only be whole behind the
+/// last of them; an error is told of the first with which it arose.
+fn override_keys(config: TrainConfig, overrides: &[String]) -> Result<TrainConfig, TrainError> {
+    let whole = |e: toml::ser::Error| std::io::Error::other(e);
+    let mut root = Table::try_from(&config).map_err(whole)?;
+    let mut errors = Vec::new();
+    for text in overrides {
+        apply(&mut root, text)?;
+        errors.push(TrainConfig::deserialize(root.clone()).err().map(|e| e.message().to_owned()));
+    }
+    let Some(last) = errors.last().cloned().flatten() else {
+        return TrainConfig::deserialize(root).map_err(|e| std::io::Error::other(e).into());
+    };
+    let first = errors.iter().position(|e| e.as_ref() == Some(&last)).unwrap_or_default();
+    Err(TrainError::Override { text: overrides[first].clone(), what: last.trim().to_owned() })
 }
 
 /// The config as TOML, every key written out.
@@ -98,7 +115,7 @@ fn flatten(prefix: &str, table: &Table, into: &mut BTreeMap<String, String>) {
 
 /// One override, `table.key=value`: the value is read as TOML, and as a string
 /// where it is none, so that `--set name=x` needs no quotes.
-fn apply(config: TrainConfig, text: &str) -> Result<TrainConfig, TrainError> {
+fn apply(root: &mut Table, text: &str) -> Result<(), TrainError> {
     let error = |what: String| TrainError::Override { text: text.to_owned(), what };
     let Some((key, value)) = text.split_once('=') else {
         return Err(error("expected table.key=value".into()));
@@ -108,22 +125,23 @@ fn apply(config: TrainConfig, text: &str) -> Result<TrainConfig, TrainError> {
         .ok()
         .and_then(|mut t| t.remove("value"))
         .unwrap_or_else(|| Value::String(value.to_owned()));
-    let mut root = Table::try_from(&config).map_err(|e| error(e.to_string()))?;
     let path: Vec<&str> = key.trim().split('.').collect();
     let (last, tables) = path.split_last().unwrap_or((&"", &[]));
-    let mut table = &mut root;
+    let mut table = root;
     for name in tables {
-        table = match table.get_mut(*name) {
-            Some(Value::Table(t)) => t,
-            Some(_) => return Err(error(format!("`{name}` is no table"))),
-            None => return Err(error(format!("there is no table `{name}`"))),
+        // A table that the config leaves out is made; one that no config has is an
+        // unknown field.
+        let entry = table.entry((*name).to_owned()).or_insert_with(|| Table::new().into());
+        table = match entry {
+            Value::Table(t) => t,
+            _ => return Err(error(format!("`{name}` is no table"))),
         };
     }
     if matches!(table.get(*last), Some(Value::Table(_))) && !value.is_table() {
         return Err(error(format!("`{last}` is a table; name a key in it")));
     }
     table.insert((*last).to_owned(), value);
-    TrainConfig::deserialize(root).map_err(|e| error(e.message().trim().to_owned()))
+    Ok(())
 }
 
 /// Where in the file a parse error is, and of which key.
@@ -225,9 +243,12 @@ mod tests {
             "none"
         );
         assert_eq!(set("model.head_dim=16").unwrap().model.head_dim, Some(16));
+        let two = ["distill.teacher=t", "distill.logits=1"].map(ToOwned::to_owned);
+        assert_eq!(load(&path, &two).unwrap().distill.unwrap().teacher, Path::new("t"));
         let cases = [
+            ("distill.teacher=t", "missing field `logits`"),
             ("seed", "expected table.key=value"),
-            ("bach.tokens=1", "there is no table `bach`"),
+            ("bach.tokens=1", "unknown field `bach`"),
             ("batch.token=1", "unknown field `token`"),
             ("batch=1", "`batch` is a table"),
             ("seed.x=1", "`seed` is no table"),

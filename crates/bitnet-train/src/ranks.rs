@@ -7,10 +7,15 @@
 use crate::TrainError;
 
 /// The processes of a run, seen from one of them.
-#[derive(Debug)]
 pub struct Ranks {
     #[cfg(feature = "mpi")]
     universe: mpi::environment::Universe,
+}
+
+impl std::fmt::Debug for Ranks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "rank {} of {}", self.rank(), self.size())
+    }
 }
 
 /// Variables in which launchers say how many processes they started.
@@ -177,7 +182,7 @@ impl Ranks {
             "a step has {micro_steps} micro-steps (batch.tokens / (batch.sequence · \
              batch.micro_batch)), which {ranks} ranks cannot share evenly"
         );
-        Err(TrainError::value("batch.micro_batch", "(see below)", reason))
+        Err(TrainError::Ranks(reason))
     }
 }
 
