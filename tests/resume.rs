@@ -56,13 +56,17 @@ fn a_kill_at_any_moment_leaves_the_last_checkpoint_usable() {
     let data = folder.path().join("data");
     prepare(&data);
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
-    let steps = 24;
+    let steps = 40;
     let often = ["--set", "checkpoint.every=2", "--set", "eval.every=6"];
     let start = Instant::now();
     let _ = ok(train(&data, &whole, steps).args(often));
     let whole_time = start.elapsed();
-    // Kills spread over the run and over the writing of its checkpoints.
-    for kill in 0..8u32 {
+    // Twenty kills at random moments: of the start, of steps, evaluations and the
+    // writing of checkpoints.
+    let mut state = 2026u32;
+    for _ in 0..20 {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let moment = f64::from(state >> 8) / f64::from(1 << 24);
         let mut child = train(&data, &killed, steps)
             .args(often)
             .arg("--resume")
@@ -70,7 +74,7 @@ fn a_kill_at_any_moment_leaves_the_last_checkpoint_usable() {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        sleep(whole_time / 12 + Duration::from_millis(u64::from(kill * 37 % 100)));
+        sleep(whole_time.mul_f64(0.02 + 0.18 * moment));
         child.kill().unwrap();
         child.wait().unwrap();
     }

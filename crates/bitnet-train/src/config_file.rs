@@ -317,6 +317,9 @@ mod tests {
         let mut found = 0;
         for entry in fs::read_dir(&folder).unwrap() {
             let path = entry.unwrap().path();
+            if path.is_dir() {
+                continue;
+            }
             let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
             let config = load(&path, &[]).unwrap();
             config.validate().unwrap();
@@ -346,5 +349,29 @@ mod tests {
             found += 1;
         }
         assert_eq!(found, expected.len());
+    }
+
+    /// Every recipe is the quickstart, but for its name and the keys it is about.
+    #[test]
+    fn the_projects_recipes() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+        let base = to_toml(&load(&folder.join("quickstart.toml"), &[]).unwrap()).unwrap();
+        let mut found = 0;
+        for entry in fs::read_dir(folder.join("recipes")).unwrap() {
+            let path = entry.unwrap().path();
+            let config = load(&path, &[]).unwrap();
+            config.validate().unwrap();
+            assert_eq!(config.name, path.file_stem().unwrap().to_str().unwrap());
+            assert_eq!(config.run_dir, Path::new("runs").join(&config.name));
+            let mut about = changes(&base, &config);
+            about.retain(|c| !c.starts_with("name: "));
+            assert!(!about.is_empty(), "{}", path.display());
+            for change in about {
+                let keys = ["model.weight_quantizer", "model.recipe.", "quantization.", "distill."];
+                assert!(keys.iter().any(|k| change.starts_with(k)), "{}: {change}", config.name);
+            }
+            found += 1;
+        }
+        assert_eq!(found, 9);
     }
 }
