@@ -213,6 +213,8 @@ pub(crate) mod tests {
                 lr_stage2: Some(2e-3),
                 lr_min: Some(0.0),
                 stage2_at: Some(0.5),
+                decay_at: None,
+                decay: None,
                 weight_decay: 0.1,
                 weight_decay_stage2: Some(0.0),
             },

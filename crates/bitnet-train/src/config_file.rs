@@ -177,11 +177,7 @@ mod tests {
             ("hidden_size = 64", "hidden_size = \"64\"", "model.hidden_size: invalid type: string"),
             ("sequence = 32", "sequence = 3.5", "batch.sequence: invalid type: floating point"),
             ("micro_batch = 2", "micro_batch = -2", "batch.micro_batch: invalid value: integer"),
-            (
-                "kind = \"two-stage\"",
-                "kind = \"cosine\"",
-                "schedule.kind: unknown variant `cosine`",
-            ),
+            ("kind = \"two-stage\"", "kind = \"sine\"", "schedule.kind: unknown variant `sine`"),
             ("keep = 2", "", "[checkpoint]: missing field `keep`"),
             ("[eval]", "[evaluation]", "unknown field `evaluation`"),
             ("beta1 = 0.9", "beta1 = 0..9", "optimizer.beta1: "),
