@@ -16,6 +16,7 @@ pub mod ops;
 pub mod optim;
 pub mod plot;
 pub mod progress;
+pub mod recompute;
 pub mod run;
 pub mod schedule;
 

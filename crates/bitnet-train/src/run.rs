@@ -12,7 +12,7 @@ use std::time::Instant;
 use bitnet_data::{BatchStream, Dataset, Split, Tokenizer};
 use bitnet_format::atomic::write_atomic;
 use burn::module::Module;
-use burn::tensor::Device;
+use burn::tensor::{Device, Int, Tensor};
 use serde::Serialize;
 
 use crate::checkpoint::{self, Snapshot, State};
@@ -21,9 +21,9 @@ use crate::device::DeviceChoice;
 use crate::error::with_path;
 use crate::metrics::{self, EvalMetric, Log, Metric, Sample, TrainMetric};
 use crate::model::Transformer;
-use crate::optim::{AdamW, GradientSum};
+use crate::optim::{GradientSum, Optimizer};
 use crate::progress::{Progress, duration};
-use crate::{TrainError, config_file, evaluate, memory, plot};
+use crate::{TrainError, config_file, evaluate, memory, ops, plot, recompute};
 
 /// Steps over which a run's final training loss is averaged.
 const LAST_STEPS: usize = 100;
@@ -120,7 +120,7 @@ struct Trainer {
     config: TrainConfig,
     choice: DeviceChoice,
     device: Device,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     stream: BatchStream,
     validation: Dataset,
     tokenizer: Tokenizer,
@@ -159,7 +159,7 @@ impl Trainer {
         let mut stream = BatchStream::new(train, config.batch.sequence, config.data.seed)?;
         let mut model = Transformer::new(&config.model, config.seed, &device);
         let host = options.device.is_host();
-        let mut optimizer = AdamW::new(&config.optimizer, &model, &device, host);
+        let mut optimizer = Optimizer::new(&config.optimizer, &model, &device, host);
         let mut state = State::new(stream.state(), corpus, tokenizer.hash_hex());
         if let Some(path) = &found {
             let saved = checkpoint::load_state(path)?;
@@ -300,13 +300,11 @@ impl Trainer {
             }
             let batch = self.stream.next_batch(self.config.batch.micro_batch)?;
             let (inputs, targets) = evaluate::tensors(&batch, &self.device);
-            let mean = model.loss(inputs, targets);
-            let value = f64::from(mean.clone().into_scalar::<f32>());
+            let value = f64::from(self.gradients(&model, inputs, targets, &mut sum));
             if !value.is_finite() {
                 return Err(self.non_finite("the loss", value));
             }
             loss += value / micro_steps as f64;
-            sum.add(&model, mean.backward());
         }
         let norm = sum.norm(self.choice.is_host());
         if !norm.is_finite() {
@@ -327,6 +325,29 @@ impl Trainer {
             seconds: self.seconds(),
         };
         Ok((model, Some(metric)))
+    }
+
+    /// Adds a micro-step's gradients to `sum` and returns its loss; one that is not
+    /// finite may have none.
+    fn gradients(
+        &self,
+        model: &Transformer,
+        inputs: Tensor<2, Int>,
+        targets: Tensor<2, Int>,
+        sum: &mut GradientSum,
+    ) -> f32 {
+        if self.config.batch.recompute {
+            let targets = targets.flatten(0, 1);
+            return recompute::backward(model, inputs, sum, |hidden, head| {
+                ops::cross_entropy(hidden, head, targets)
+            });
+        }
+        let mean = model.loss(inputs, targets);
+        let value: f32 = mean.clone().into_scalar();
+        if value.is_finite() {
+            sum.add(model, mean.backward());
+        }
+        value
     }
 
     fn log(&mut self, metric: TrainMetric) -> Result<(), TrainError> {

@@ -142,17 +142,24 @@ impl Transformer {
         trace: &mut dyn FnMut(usize, Linear, Tensor<2>, Tensor<2>),
     ) -> (Tensor<2>, Tensor<2>) {
         let [batch, _] = tokens.dims();
-        let embedding = ops::round_to(self.embedding.val(), self.embedding_dtype.0);
-        let head = match &self.head {
-            Some(head) => ops::round_to(head.val(), self.embedding_dtype.0),
-            None => embedding.clone(),
-        };
+        let embedding = self.stored_embedding();
+        let head = self.stored_head().unwrap_or_else(|| embedding.clone());
         let mut x = ops::embed(embedding, tokens);
         for (layer, block) in self.blocks.iter().enumerate() {
             let mut trace_layer = |which, input, output| trace(layer, which, input, output);
             x = block.forward(x, batch, Some(&mut trace_layer));
         }
         (self.norm.forward(x), head)
+    }
+
+    /// The embedding in the precision in which it is stored, `[V, D]`.
+    pub(crate) fn stored_embedding(&self) -> Tensor<2> {
+        ops::round_to(self.embedding.val(), self.embedding_dtype.0)
+    }
+
+    /// The same of the head; none where it is the embedding.
+    pub(crate) fn stored_head(&self) -> Option<Tensor<2>> {
+        self.head.as_ref().map(|head| ops::round_to(head.val(), self.embedding_dtype.0))
     }
 
     /// Every parameter, in the order of [`names::tensors`].
