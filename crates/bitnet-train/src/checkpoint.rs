@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::error::with_path;
 use crate::model::Transformer;
-use crate::optim::AdamW;
+use crate::optim::Optimizer;
 
 /// The version of `state.json` that this program writes and reads.
 const VERSION: u32 = 1;
@@ -27,6 +27,8 @@ const MODEL: &str = "model.safetensors";
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
+/// The key in the header of `optimizer.safetensors` that says what wrote it.
+const KIND: &str = "optimizer";
 const STATE: &str = "state.json";
 const GOLDEN: &str = "golden.json";
 const FILES: [&str; 6] = [MODEL, CONFIG, TOKENIZER, OPTIMIZER, STATE, GOLDEN];
@@ -98,7 +100,7 @@ pub struct Snapshot<'s> {
     /// The model.
     pub model: &'s Transformer,
     /// The optimizer.
-    pub optimizer: &'s AdamW,
+    pub optimizer: &'s Optimizer,
     /// The tokenizer.
     pub tokenizer: &'s Tokenizer,
     /// The golden logits.
@@ -132,7 +134,11 @@ fn write_files(dir: &Path, s: &Snapshot<'_>) -> Result<(), TrainError> {
     let path = dir.join(TOKENIZER);
     fs::write(&path, s.tokenizer.to_json()).map_err(with_path(&path))?;
     let shapes = s.optimizer.state_shapes();
-    let mut out = TensorFileWriter::create(dir.join(OPTIMIZER), &[], shapes)?;
+    let mut out = TensorFileWriter::create(
+        dir.join(OPTIMIZER),
+        &[(KIND, s.optimizer.kind().name())],
+        shapes,
+    )?;
     for (name, values) in s.optimizer.state() {
         out.write(&name, &values)?;
     }
@@ -226,7 +232,7 @@ pub fn load(
     checkpoint: &Path,
     config: &ModelConfig,
     model: Transformer,
-    optimizer: &mut AdamW,
+    optimizer: &mut Optimizer,
 ) -> Result<Transformer, TrainError> {
     let files = hf::Checkpoint::open(checkpoint)?;
     if files.config() != config {
@@ -236,6 +242,13 @@ pub fn load(
     let step = load_state(checkpoint)?.step;
     let model = model.load_tensors(|name, _| files.read(name))?;
     let file = TensorFile::open(checkpoint.join(OPTIMIZER))?;
+    // Files from before there were two kinds do not say.
+    let (found, expected) = (file.meta(KIND).unwrap_or("adamw"), optimizer.kind().name());
+    if found != expected {
+        let what =
+            format!("is the state of {found}, the config says optimizer.kind = \"{expected}\"");
+        return Err(TrainError::checkpoint(file.path(), what));
+    }
     optimizer.load(step, |name, length| {
         let values = file.read(name)?;
         if values.len() == length {

@@ -168,22 +168,28 @@ fn is_relation(which: Linear) -> bool {
     matches!(which, Linear::Q | Linear::K | Linear::V)
 }
 
+/// What the head is trained towards, and the teacher's queries, keys and values
+/// where their relations count.
+pub(crate) fn objective(
+    examples: &Examples,
+    teacher: Option<&Teacher>,
+) -> (Objective, Vec<Tensor<2>>) {
+    let objective = Objective { weights: examples.weights.clone(), ..Objective::default() };
+    let Some(teacher) = teacher else { return (objective, Vec::new()) };
+    let (soft, seen) = teacher.answer(examples);
+    let cross_entropy = teacher.config.cross_entropy as f32;
+    let soft = (teacher.config.logits > 0.0).then_some(soft);
+    (Objective { cross_entropy, teacher: soft, ..objective }, seen)
+}
+
 /// The loss of a model on examples: the cross-entropy, and what a teacher adds.
 pub fn loss(model: &Transformer, examples: &Examples, teacher: Option<&Teacher>) -> Tensor<1> {
     let [batch, time] = examples.tokens.dims();
-    let mut objective = Objective { weights: examples.weights.clone(), ..Objective::default() };
-    let mut relations = Vec::new();
-    let mut watched = None;
-    if let Some(teacher) = teacher {
-        let (soft, seen) = teacher.answer(examples);
-        objective.cross_entropy = teacher.config.cross_entropy as f32;
-        objective.teacher = (teacher.config.logits > 0.0).then_some(soft);
-        if !seen.is_empty() {
-            let last = model.blocks.len() - 1;
-            watched = Some(teacher.config.relation_layer.unwrap_or(last));
-            relations = seen;
-        }
-    }
+    let (objective, relations) = objective(examples, teacher);
+    let last = model.blocks.len() - 1;
+    let watched = teacher
+        .filter(|_| !relations.is_empty())
+        .map(|teacher| teacher.config.relation_layer.unwrap_or(last));
     let mut own = Vec::new();
     let (hidden, head) = model.hidden(
         examples.tokens.clone(),

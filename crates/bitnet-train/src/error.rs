@@ -171,6 +171,15 @@ impl TrainError {
         Self::Value { key, value: value.to_string(), reason: reason.into() }
     }
 
+    /// Refuses a value outside `low..below`.
+    pub(crate) fn check_range(key: &'static str, v: f64, low: f64, below: f64) -> Result<(), Self> {
+        if v >= low && v < below {
+            return Ok(());
+        }
+        let low = if low > 0.0 { "greater than 0".into() } else { format!("at least {low}") };
+        Err(Self::value(key, v, format!("must be {low} and less than {below}")))
+    }
+
     pub(crate) fn checkpoint(path: &Path, what: impl Into<String>) -> Self {
         Self::Checkpoint { path: path.to_path_buf(), what: what.into() }
     }

@@ -18,6 +18,7 @@ pub mod optim;
 pub mod plot;
 pub mod progress;
 pub mod ranks;
+pub mod recompute;
 pub mod run;
 pub mod schedule;
 pub mod stage;

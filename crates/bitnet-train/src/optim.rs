@@ -1,22 +1,31 @@
-//! AdamW with decoupled weight decay (arXiv:1711.05101), gradient accumulation
-//! and clipping by the norm of the whole gradient.
+//! The optimizers, AdamW and Muon, gradient accumulation and clipping by the norm
+//! of the whole gradient.
 //!
-//! burn's optimizer clips tensor by tensor, fixes weight decay at its making and
-//! walks each tensor a dozen times; this one has one fused pass on the CPU, and
-//! the same arithmetic in tensor operations elsewhere. Its state is two tensors
-//! a parameter and a step count, saved and loaded exactly.
+//! burn's optimizers clip tensor by tensor, fix weight decay at their making and
+//! walk each tensor a dozen times; these have fused passes on the CPU, and the
+//! same arithmetic in tensor operations elsewhere. Their state is one or two
+//! tensors a parameter and a step count, saved and loaded exactly.
 //!
-//! Weight decay applies to what has two dimensions or more: the linear layers,
-//! the embedding and the head; not to norms.
+//! Parameters come in three groups, norms, embeddings and matrices, each with its
+//! share of the learning rate and with weight decay or without.
+
+mod adamw;
+mod config;
+mod muon;
+
+#[cfg(test)]
+pub(crate) use config::tests::adamw as config_for_tests;
+pub use config::{Group, GroupConfig, GroupsConfig, OptimizerConfig, OptimizerKind};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use rayon::prelude::*;
 
-use crate::config::OptimizerConfig;
 use crate::ranks::Ranks;
 use crate::schedule::Rates;
+use adamw::Moments;
+use muon::Momentum;
 
 /// Elements that one task of a parallel loop takes. Fixed, so that sums come in
 /// the same order whatever the number of threads.
@@ -48,6 +57,13 @@ impl GradientSum {
             ranks.sum(slice_mut(&mut data));
             *tensor = Tensor::from_data(data, &device);
         }
+    }
+
+    /// The sums, in the order of the module's parameters.
+    #[cfg(test)]
+    pub(crate) fn values(&self) -> Vec<Option<Vec<f32>>> {
+        let values = |t: &Tensor<1>| slice(&t.to_data()).to_vec();
+        self.tensors.iter().map(|t| t.as_ref().map(values)).collect()
     }
 
     /// The Euclidean norm of all of it. `host`: the tensors lie in host memory.
@@ -90,29 +106,35 @@ impl ModuleVisitor for Adder<'_> {
     }
 }
 
-/// The optimizer: its constants and, a parameter, both moments.
+/// The optimizer: its constants and the state of every parameter.
 #[derive(Debug)]
-pub struct AdamW {
+pub struct Optimizer {
     config: OptimizerConfig,
     host: bool,
     steps: u64,
-    moments: Vec<Moments>,
+    slots: Vec<Slot>,
 }
 
-/// The running means of a parameter's gradient and of its square.
+/// What is kept of one parameter.
 #[derive(Debug)]
-struct Moments {
+struct Slot {
     name: String,
-    first: Tensor<1>,
-    second: Tensor<1>,
+    group: Group,
+    state: SlotState,
+}
+
+#[derive(Debug)]
+enum SlotState {
+    Adamw(Box<Moments>),
+    Muon(Box<Momentum>),
 }
 
 /// A tensor of the optimizer's state: name, length, values.
 pub type StateTensor = (String, Vec<f32>);
 
-impl AdamW {
-    /// An optimizer of `model`, its moments zero. `host`: the parameters lie in
-    /// host memory.
+impl Optimizer {
+    /// An optimizer of `model`, its state zero. `host`: the parameters lie in host
+    /// memory.
     #[must_use]
     pub fn new<M: Module>(
         config: &OptimizerConfig,
@@ -121,9 +143,15 @@ impl AdamW {
         host: bool,
     ) -> Self {
         let device = device.clone().without_autodiff();
-        let mut visitor = Zeros { path: Vec::new(), device, moments: Vec::new() };
+        let mut visitor = Zeros { path: Vec::new(), kind: config.kind, device, slots: Vec::new() };
         model.visit(&mut visitor);
-        Self { config: config.clone(), host, steps: 0, moments: visitor.moments }
+        Self { config: config.clone(), host, steps: 0, slots: visitor.slots }
+    }
+
+    /// What updates the matrices.
+    #[must_use]
+    pub fn kind(&self) -> OptimizerKind {
+        self.config.kind
     }
 
     /// Steps taken.
@@ -144,27 +172,32 @@ impl AdamW {
         rates: Rates,
     ) -> M {
         self.steps += 1;
-        let update = Update::new(&self.config, rates, self.steps, norm, micro_steps);
+        let scale = clipped(self.config.clip_norm, norm, micro_steps);
         let gradients = sum.tensors.into_iter();
-        model.map(&mut Stepper { optimizer: self, next: 0, gradients, update })
+        model.map(&mut Stepper { optimizer: self, next: 0, gradients, rates, scale })
     }
 
     /// Names and lengths of the state's tensors, in the order of
-    /// [`AdamW::state`].
+    /// [`Optimizer::state`].
     #[must_use]
     pub fn state_shapes(&self) -> Vec<(String, Vec<usize>)> {
-        let moments = self.moments.iter().flat_map(|m| {
-            let length = m.first.dims().to_vec();
-            [(m.first_name(), length.clone()), (m.second_name(), length)]
-        });
-        moments.collect()
+        self.tensors().map(|(name, tensor)| (name, tensor.dims().to_vec())).collect()
     }
 
     /// The state, tensor by tensor.
     pub fn state(&self) -> impl Iterator<Item = StateTensor> + '_ {
-        self.moments.iter().flat_map(|m| {
-            let values = |t: &Tensor<1>| slice(&t.to_data()).to_vec();
-            [(m.first_name(), values(&m.first)), (m.second_name(), values(&m.second))]
+        self.tensors().map(|(name, tensor)| (name, slice(&tensor.to_data()).to_vec()))
+    }
+
+    fn tensors(&self) -> impl Iterator<Item = (String, &Tensor<1>)> {
+        self.slots.iter().flat_map(|slot| {
+            let tensors = match &slot.state {
+                SlotState::Adamw(m) => {
+                    [("exp_avg", Some(&m.first)), ("exp_avg_sq", Some(&m.second))]
+                }
+                SlotState::Muon(m) => [("momentum_buffer", Some(&m.buffer)), ("", None)],
+            };
+            tensors.into_iter().filter_map(|(part, t)| Some((format!("{}.{part}", slot.name), t?)))
         })
     }
 
@@ -177,33 +210,38 @@ impl AdamW {
         steps: u64,
         mut read: impl FnMut(&str, usize) -> Result<Vec<f32>, E>,
     ) -> Result<(), E> {
-        for m in &mut self.moments {
-            let (first, second) = (m.first_name(), m.second_name());
-            let device = m.first.device();
-            let [length] = m.first.dims();
-            m.first = Tensor::from_data(TensorData::new(read(&first, length)?, [length]), &device);
-            m.second =
-                Tensor::from_data(TensorData::new(read(&second, length)?, [length]), &device);
+        for slot in &mut self.slots {
+            let mut replace = |part: &str, tensor: &mut Tensor<1>| {
+                let ([length], device) = (tensor.dims(), tensor.device());
+                let values = read(&format!("{}.{part}", slot.name), length)?;
+                *tensor = Tensor::from_data(TensorData::new(values, [length]), &device);
+                Ok(())
+            };
+            match &mut slot.state {
+                SlotState::Adamw(m) => {
+                    replace("exp_avg", &mut m.first)?;
+                    replace("exp_avg_sq", &mut m.second)?;
+                }
+                SlotState::Muon(m) => replace("momentum_buffer", &mut m.buffer)?,
+            }
         }
         self.steps = steps;
         Ok(())
     }
 }
 
-impl Moments {
-    fn first_name(&self) -> String {
-        format!("{}.exp_avg", self.name)
-    }
-
-    fn second_name(&self) -> String {
-        format!("{}.exp_avg_sq", self.name)
-    }
+/// What takes the sum of the gradients of `micro_steps`, of norm `norm`, to their
+/// mean, clipped to `clip_norm` (0: not at all).
+fn clipped(clip_norm: f64, norm: f64, micro_steps: usize) -> f64 {
+    let clip = clip_norm > 0.0 && norm / micro_steps as f64 > clip_norm;
+    if clip { clip_norm / norm } else { 1.0 / micro_steps as f64 }
 }
 
 struct Zeros {
     path: Vec<String>,
+    kind: OptimizerKind,
     device: Device,
-    moments: Vec<Moments>,
+    slots: Vec<Slot>,
 }
 
 impl ModuleVisitor for Zeros {
@@ -216,127 +254,60 @@ impl ModuleVisitor for Zeros {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let zeros = || Tensor::zeros([param.lazy_shape().num_elements()], &self.device);
-        let moments = Moments { name: self.path.join("."), first: zeros(), second: zeros() };
-        self.moments.push(moments);
+        let shape = param.lazy_shape();
+        let zeros = || Tensor::zeros([shape.num_elements()], &self.device);
+        let name = self.path.join(".");
+        let group = Group::of(&name, D);
+        let state = match (self.kind, group, &shape[..]) {
+            (OptimizerKind::Muon, Group::Matrices, &[rows, cols]) => {
+                SlotState::Muon(Box::new(Momentum { buffer: zeros(), shape: [rows, cols] }))
+            }
+            _ => SlotState::Adamw(Box::new(Moments { first: zeros(), second: zeros() })),
+        };
+        self.slots.push(Slot { name, group, state });
     }
 }
 
 struct Stepper<'o> {
-    optimizer: &'o mut AdamW,
+    optimizer: &'o mut Optimizer,
     next: usize,
     gradients: std::vec::IntoIter<Option<Tensor<1>>>,
-    update: Update,
+    rates: Rates,
+    scale: f64,
 }
 
 impl ModuleMapper for Stepper<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let moments = &mut self.optimizer.moments[self.next];
+        let Optimizer { config, host, steps, slots } = &mut *self.optimizer;
+        let slot = &mut slots[self.next];
         self.next += 1;
         let Some(gradient) = self.gradients.next().flatten() else {
             return param;
         };
-        let mut update = self.update;
-        if D < 2 {
-            update.keep = 1.0;
-        }
+        let group = config.groups.get(slot.group);
+        let rates = Rates {
+            lr: self.rates.lr * group.lr_scale,
+            weight_decay: if group.weight_decay { self.rates.weight_decay } else { 0.0 },
+        };
         let (id, tensor, mapper) = param.consume();
         let (strategy, tracked) = (tensor.device(), tensor.is_require_grad());
         let shape = tensor.shape();
         let flat = tensor.inner().reshape([-1]);
-        let flat = if self.optimizer.host {
-            update.apply_host(flat, gradient, moments)
-        } else {
-            update.apply_tensors(flat, gradient, moments)
+        let flat = match &mut slot.state {
+            SlotState::Adamw(moments) => {
+                let update = adamw::Update::new(config, rates, *steps, self.scale);
+                update.apply(*host, flat, gradient, moments)
+            }
+            SlotState::Muon(momentum) => {
+                let update = muon::Update::new(config, rates, momentum.shape, self.scale);
+                update.apply(*host, flat, gradient, &mut momentum.buffer)
+            }
         };
         let mut tensor: Tensor<D> = flat.reshape(shape);
         if strategy.is_autodiff() {
             tensor = Tensor::from_inner(tensor).set_require_grad(tracked);
         }
         Param::from_mapped_value(id, tensor, mapper)
-    }
-}
-
-/// The constants of one step: p ← keep · p - rate · m / (√v · root + eps).
-#[derive(Debug, Clone, Copy)]
-struct Update {
-    beta1: f32,
-    beta2: f32,
-    eps: f32,
-    /// Takes the sum of gradients to their clipped mean.
-    scale: f32,
-    /// `1 - lr · weight_decay`.
-    keep: f32,
-    /// `lr` over the first moment's bias.
-    rate: f32,
-    /// One over the root of the second moment's bias.
-    root: f32,
-}
-
-impl Update {
-    fn new(
-        config: &OptimizerConfig,
-        rates: Rates,
-        step: u64,
-        norm: f64,
-        micro_steps: usize,
-    ) -> Self {
-        let mean = norm / micro_steps as f64;
-        let clip = config.clip_norm > 0.0 && mean > config.clip_norm;
-        let scale = if clip { config.clip_norm / norm } else { 1.0 / micro_steps as f64 };
-        // A power of 2^31 steps is 0 for any beta below 1.
-        let power = i32::try_from(step).unwrap_or(i32::MAX);
-        Self {
-            beta1: config.beta1 as f32,
-            beta2: config.beta2 as f32,
-            eps: config.eps as f32,
-            scale: scale as f32,
-            keep: (1.0 - rates.lr * rates.weight_decay) as f32,
-            rate: (rates.lr / (1.0 - config.beta1.powi(power))) as f32,
-            root: (1.0 / (1.0 - config.beta2.powi(power)).sqrt()) as f32,
-        }
-    }
-
-    /// The definition: one element.
-    #[inline]
-    fn element(&self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32) {
-        let g = g * self.scale;
-        *m = *m * self.beta1 + g * (1.0 - self.beta1);
-        *v = *v * self.beta2 + g * g * (1.0 - self.beta2);
-        *p = *p * self.keep - self.rate * *m / (v.sqrt() * self.root + self.eps);
-    }
-
-    /// In place, where the tensors own their memory.
-    fn apply_host(&self, p: Tensor<1>, g: Tensor<1>, moments: &mut Moments) -> Tensor<1> {
-        let device = moments.first.device();
-        let mut p = p.into_data();
-        let g = g.into_data();
-        let mut m = take(&mut moments.first, &device);
-        let mut v = take(&mut moments.second, &device);
-        let parts = slice_mut(&mut p).par_chunks_mut(CHUNK).zip(slice(&g).par_chunks(CHUNK));
-        let state = slice_mut(&mut m).par_chunks_mut(CHUNK);
-        let state = state.zip(slice_mut(&mut v).par_chunks_mut(CHUNK));
-        parts.zip(state).for_each(|((p, g), (m, v))| {
-            for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                self.element(p, *g, m, v);
-            }
-        });
-        moments.first = Tensor::from_data(m, &device);
-        moments.second = Tensor::from_data(v, &device);
-        Tensor::from_data(p, &device)
-    }
-
-    /// The same in tensor operations, on the device.
-    fn apply_tensors(&self, p: Tensor<1>, g: Tensor<1>, moments: &mut Moments) -> Tensor<1> {
-        let g = g.mul_scalar(self.scale);
-        let m = moments.first.clone().mul_scalar(self.beta1);
-        let m = m.add(g.clone().mul_scalar(1.0 - self.beta1));
-        let v = moments.second.clone().mul_scalar(self.beta2);
-        let v = v.add(g.square().mul_scalar(1.0 - self.beta2));
-        let root = v.clone().sqrt().mul_scalar(self.root).add_scalar(self.eps);
-        let delta = m.clone().mul_scalar(self.rate).div(root);
-        (moments.first, moments.second) = (m, v);
-        p.mul_scalar(self.keep).sub(delta)
     }
 }
 
@@ -363,7 +334,11 @@ fn sum_of_squares(values: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use bitnet_core::ModelConfig;
+
+    use super::config::tests::{adamw as config, muon};
     use super::*;
+    use crate::model::Transformer;
 
     #[derive(Module, Debug)]
     struct Toy {
@@ -395,10 +370,6 @@ mod tests {
         let b = Tensor::<1>::from_data(TensorData::new(w(5), [5]), &device());
         let loss = model.matrix.val().mul(a).sum() + model.norm.val().mul(b).sum();
         loss.backward()
-    }
-
-    fn config(clip_norm: f64) -> OptimizerConfig {
-        OptimizerConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, clip_norm }
     }
 
     fn values(model: &Toy) -> (Vec<f32>, Vec<f32>) {
@@ -444,7 +415,7 @@ mod tests {
             let mut model = toy();
             let (matrix, norm) = values(&model);
             let (mut matrix, mut norm) = (Reference::new(matrix), Reference::new(norm));
-            let mut optimizer = AdamW::new(&config(0.0), &model, &device(), host);
+            let mut optimizer = Optimizer::new(&config(0.0), &model, &device(), host);
             let wave = wave(4 * ROWS, 2.0);
             for t in 1..=4 {
                 let mut sum = GradientSum::default();
@@ -480,36 +451,89 @@ mod tests {
             let norm = sum.norm(host);
             assert!((norm / expected - 1.0).abs() < 1e-5, "{norm} and {expected} of {all}");
             // The norm of the mean of three equal micro-steps is a third of their sum's.
-            let rates = Rates { lr: 1.0, weight_decay: 0.0 };
-            let clipped = Update::new(&config(0.5), rates, 1, 3.0 * norm, 3);
-            assert!((f64::from(clipped.scale) * 3.0 * norm - 0.5).abs() < 1e-6);
-            let free = Update::new(&config(norm * 1.01), rates, 1, 3.0 * norm, 3);
-            assert_eq!(free.scale, 1.0 / 3.0);
-            let off = Update::new(&config(0.0), rates, 1, 3.0 * norm, 3);
-            assert_eq!(off.scale, 1.0 / 3.0);
+            assert!((clipped(0.5, 3.0 * norm, 3) * 3.0 * norm - 0.5).abs() < 1e-12);
+            assert_eq!(clipped(norm * 1.01, 3.0 * norm, 3), 1.0 / 3.0);
+            assert_eq!(clipped(0.0, 3.0 * norm, 3), 1.0 / 3.0);
+        }
+    }
+
+    #[test]
+    fn the_groups_of_a_model_are_its_parts() {
+        for tie_word_embeddings in [true, false] {
+            let config = ModelConfig { tie_word_embeddings, ..ModelConfig::tiny() };
+            let model = Transformer::new(&config, 1, &device());
+            let optimizer = Optimizer::new(&muon(), &model, &device(), true);
+            let length = |slot: &Slot| match &slot.state {
+                SlotState::Adamw(m) => m.first.dims()[0] as u64,
+                SlotState::Muon(m) => m.buffer.dims()[0] as u64,
+            };
+            let of = |group| {
+                let slots = optimizer.slots.iter().filter(|s| s.group == group);
+                slots.map(length).sum::<u64>()
+            };
+            let count = config.parameter_count();
+            assert_eq!(of(Group::Embeddings), count.embedding + count.head);
+            assert_eq!(of(Group::Norms), count.norms);
+            assert_eq!(of(Group::Matrices), count.linear);
+            for slot in &optimizer.slots {
+                let is_muon = matches!(slot.state, SlotState::Muon(_));
+                assert_eq!(is_muon, slot.group == Group::Matrices, "{}", slot.name);
+            }
+        }
+    }
+
+    #[test]
+    fn a_group_has_its_own_rate_and_decay() {
+        for host in [true, false] {
+            let mut model = toy();
+            let (matrix, norm) = values(&model);
+            let (mut matrix, mut norm) = (Reference::new(matrix), Reference::new(norm));
+            let mut config = config(0.0);
+            config.groups.norms = GroupConfig { lr_scale: 0.25, weight_decay: true };
+            config.groups.matrices = GroupConfig { lr_scale: 2.0, weight_decay: false };
+            let mut optimizer = Optimizer::new(&config, &model, &device(), host);
+            let wave = wave(4 * ROWS, 2.0);
+            for t in 1..=3 {
+                let mut sum = GradientSum::default();
+                sum.add(&model, gradients(&model, t as f32));
+                let of_sum = sum.norm(host);
+                let rates = Rates { lr: 0.01, weight_decay: 0.1 };
+                model = optimizer.step(model, sum, of_sum, 1, rates);
+                let g = |i: usize| f64::from(wave[i]) * f64::from(t);
+                matrix.step(g, t, 0.02, 0.0);
+                norm.step(g, t, 0.0025, 0.1);
+            }
+            let found = values(&model);
+            matrix.assert_close(&found.0);
+            norm.assert_close(&found.1);
         }
     }
 
     #[test]
     fn the_state_goes_on_bit_for_bit() {
-        let step = |model: Toy, optimizer: &mut AdamW| {
+        goes_on(
+            &config(1.0),
+            &["matrix.exp_avg", "matrix.exp_avg_sq", "norm.exp_avg", "norm.exp_avg_sq"],
+        );
+        goes_on(&muon(), &["matrix.momentum_buffer", "norm.exp_avg", "norm.exp_avg_sq"]);
+    }
+
+    fn goes_on(config: &OptimizerConfig, expected: &[&str]) {
+        let step = |model: Toy, optimizer: &mut Optimizer| {
             let mut sum = GradientSum::default();
             sum.add(&model, gradients(&model, 1.0));
             let norm = sum.norm(true);
             optimizer.step(model, sum, norm, 1, Rates { lr: 0.01, weight_decay: 0.1 })
         };
         let mut model = toy();
-        let mut optimizer = AdamW::new(&config(1.0), &model, &device(), true);
+        let mut optimizer = Optimizer::new(config, &model, &device(), true);
         for _ in 0..3 {
             model = step(model, &mut optimizer);
         }
         let names: Vec<String> = optimizer.state_shapes().into_iter().map(|(n, _)| n).collect();
-        assert_eq!(
-            names,
-            ["matrix.exp_avg", "matrix.exp_avg_sq", "norm.exp_avg", "norm.exp_avg_sq"]
-        );
+        assert_eq!(names, expected);
         let saved: std::collections::HashMap<_, _> = optimizer.state().collect();
-        let mut second = AdamW::new(&config(1.0), &model, &device(), true);
+        let mut second = Optimizer::new(config, &model, &device(), true);
         second
             .load(optimizer.steps(), |name, n| match saved.get(name) {
                 Some(v) if v.len() == n => Ok(v.clone()),

@@ -18,15 +18,15 @@ use serde::Serialize;
 use crate::checkpoint::{self, Snapshot, State};
 use crate::config::TrainConfig;
 use crate::device::DeviceChoice;
-use crate::distill::Teacher;
+use crate::distill::{Examples, Teacher};
 use crate::error::with_path;
 use crate::metrics::{self, EvalMetric, Log, Metric, Sample, TrainMetric};
 use crate::model::Transformer;
-use crate::optim::{AdamW, GradientSum};
+use crate::optim::{GradientSum, Optimizer};
 use crate::progress::{Progress, duration};
 use crate::ranks::Ranks;
 use crate::stage::Stage;
-use crate::{TrainError, config_file, distill, evaluate, memory, plot, start};
+use crate::{TrainError, config_file, distill, evaluate, memory, ops, plot, recompute, start};
 
 /// Steps over which a run's final training loss is averaged.
 const LAST_STEPS: usize = 100;
@@ -134,7 +134,7 @@ struct Trainer<'r> {
     config: TrainConfig,
     choice: DeviceChoice,
     device: Device,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     stream: BatchStream,
     validation: Dataset,
     tokenizer: Tokenizer,
@@ -183,7 +183,7 @@ impl<'r> Trainer<'r> {
         let mut stream = BatchStream::new(train, config.batch.sequence, config.data.seed)?;
         let mut model = Transformer::new(&config.model, config.seed, &device);
         let host = options.device.is_host();
-        let mut optimizer = AdamW::new(&config.optimizer, &model, &device, host);
+        let mut optimizer = Optimizer::new(&config.optimizer, &model, &device, host);
         let mut state = State::new(stream.state(), corpus, tokenizer.hash_hex());
         let mut notes = Vec::new();
         if let (Some(from), None) = (&config.start, &found) {
@@ -383,12 +383,8 @@ impl<'r> Trainer<'r> {
                 break;
             }
             let examples = evaluate::examples(&batch, end, &self.device);
-            let mean = distill::loss(&model, &examples, self.teacher.as_ref());
-            let value = f64::from(mean.clone().into_scalar::<f32>());
+            let value = f64::from(self.gradients(&model, &examples, &mut sum));
             loss += value / micro_steps as f64;
-            if value.is_finite() {
-                sum.add(&model, mean.backward());
-            }
         }
         if self.ranks.any(stopped) {
             self.stream = before;
@@ -420,6 +416,25 @@ impl<'r> Trainer<'r> {
             seconds: self.seconds(),
         };
         Ok((model, Some(metric)))
+    }
+
+    /// Adds a micro-step's gradients to `sum` and returns its loss; one that is not
+    /// finite may have none.
+    fn gradients(&self, model: &Transformer, examples: &Examples, sum: &mut GradientSum) -> f32 {
+        let teacher = self.teacher.as_ref();
+        if self.config.batch.recompute {
+            let (objective, _) = distill::objective(examples, teacher);
+            let targets = examples.targets.clone().flatten(0, 1);
+            return recompute::backward(model, examples, sum, |hidden, head| {
+                ops::language_loss(hidden, head, targets, &objective)
+            });
+        }
+        let loss = distill::loss(model, examples, teacher);
+        let value: f32 = loss.clone().into_scalar();
+        if value.is_finite() {
+            sum.add(model, loss.backward());
+        }
+        value
     }
 
     fn log(&mut self, metric: TrainMetric) -> Result<(), TrainError> {

@@ -106,6 +106,63 @@ fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
     assert_eq!((again.steps, again.checkpoint), (20, summary.checkpoint));
 }
 
+/// Muon's momentum is part of a checkpoint, and its products add in an order that
+/// threads do not change.
+#[test]
+fn muon_goes_on_bit_for_bit_and_wants_its_own_state() {
+    use bitnet_train::optim::OptimizerKind;
+
+    let dir = tempfile::tempdir().unwrap();
+    let muon = |run| {
+        let mut config = config(dir.path(), run);
+        config.optimizer.kind = OptimizerKind::Muon;
+        config.optimizer.momentum = Some(0.95);
+        config.optimizer.clip_norm = 0.0;
+        config
+    };
+    let (whole, parts) = (muon("whole"), muon("parts"));
+    let summary = train(&whole, false, None).unwrap();
+    let first = f64::from_bits(losses(&whole)[0].1[0]);
+    assert!(summary.train_loss.unwrap() < first);
+    for until in [3, 10] {
+        train(&parts, true, Some(until)).unwrap();
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| train(&parts, true, None)).unwrap();
+    assert_eq!(losses(&parts), losses(&whole));
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let read = |c: &TrainConfig| fs::read(last(c).join(file)).unwrap();
+        assert!(read(&parts) == read(&whole), "{file}");
+    }
+    // A matrix has one tensor of state with Muon, two with AdamW.
+    let size = |c: &TrainConfig| fs::metadata(last(c).join("optimizer.safetensors")).unwrap().len();
+    let adamw = config(dir.path(), "adamw");
+    train(&adamw, false, Some(1)).unwrap();
+    assert!(size(&whole) < size(&adamw));
+    assert_ne!(losses(&adamw)[0].1[0], 0);
+    for (run, kind, message) in [
+        (&parts, &adamw, "is the state of muon, the config says optimizer.kind = \"adamw\""),
+        (&adamw, &parts, "is the state of adamw, the config says optimizer.kind = \"muon\""),
+    ] {
+        let mut config = kind.clone();
+        config.run_dir.clone_from(&run.run_dir);
+        let error = train(&config, true, None).unwrap_err();
+        assert_eq!(error.exit(), Exit::BadInput);
+        assert!(error.to_string().ends_with(message), "{error}");
+    }
+}
+
+#[test]
+fn a_run_that_recomputes_is_the_same_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let keep = config(dir.path(), "keep");
+    let mut again = config(dir.path(), "again");
+    again.batch.recompute = true;
+    train(&keep, false, Some(6)).unwrap();
+    train(&again, false, Some(6)).unwrap();
+    assert_eq!(losses(&keep), losses(&again));
+}
+
 #[test]
 fn accumulated_gradients_are_those_of_the_whole_batch() {
     let dir = tempfile::tempdir().unwrap();

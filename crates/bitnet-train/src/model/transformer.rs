@@ -147,11 +147,8 @@ impl Transformer {
         trace: &mut dyn FnMut(usize, Linear, Tensor<2>, Tensor<2>),
     ) -> (Tensor<2>, Tensor<2>) {
         let [batch, _] = tokens.dims();
-        let embedding = ops::round_to(self.embedding.val(), self.embedding_dtype.0);
-        let head = match &self.head {
-            Some(head) => ops::round_to(head.val(), self.embedding_dtype.0),
-            None => embedding.clone(),
-        };
+        let embedding = self.stored_embedding();
+        let head = self.stored_head().unwrap_or_else(|| embedding.clone());
         let rows = Rows { batch, documents };
         let mut x = ops::embed(embedding, tokens);
         for (layer, block) in self.blocks.iter().enumerate() {
@@ -168,6 +165,16 @@ impl Transformer {
                 block.linear_mut(which).set_recipe(recipe(which));
             }
         }
+    }
+
+    /// The embedding in the precision in which it is stored, `[V, D]`.
+    pub(crate) fn stored_embedding(&self) -> Tensor<2> {
+        ops::round_to(self.embedding.val(), self.embedding_dtype.0)
+    }
+
+    /// The same of the head; none where it is the embedding.
+    pub(crate) fn stored_head(&self) -> Option<Tensor<2>> {
+        self.head.as_ref().map(|head| ops::round_to(head.val(), self.embedding_dtype.0))
     }
 
     /// Every parameter, in the order of [`names::tensors`].

@@ -9,7 +9,7 @@
 
 mod attention;
 mod bit_linear;
-mod cpu;
+pub(crate) mod cpu;
 mod embedding;
 mod gated;
 mod head;
