@@ -74,6 +74,17 @@ pub enum TrainError {
         /// What it holds and what to do.
         what: String,
     },
+    /// A folder that is to be read as a run and is none.
+    #[error("{}: no run folder: {what}", path.display())]
+    NoRun {
+        /// The folder.
+        path: PathBuf,
+        /// What it lacks.
+        what: String,
+    },
+    /// A report that could not be made.
+    #[error("report: {0}")]
+    Report(String),
     /// A checkpoint that cannot be gone on from.
     #[error("checkpoint {}: {what}", path.display())]
     Checkpoint {
@@ -146,11 +157,13 @@ impl TrainError {
             | Self::DeviceName { .. }
             | Self::RunFolder { .. } => Exit::Usage,
             Self::Format(HfError::Write { .. }) => Exit::Failed,
-            Self::Checkpoint { .. } | Self::Format(_) => Exit::BadInput,
+            Self::Checkpoint { .. } | Self::Format(_) | Self::NoRun { .. } => Exit::BadInput,
             Self::Data(e) => e.exit(),
-            Self::DeviceLost { .. } | Self::Io(_) | Self::Plot { .. } | Self::NonFinite { .. } => {
-                Exit::Failed
-            }
+            Self::DeviceLost { .. }
+            | Self::Io(_)
+            | Self::Plot { .. }
+            | Self::Report(_)
+            | Self::NonFinite { .. } => Exit::Failed,
             Self::Interrupted { .. } => Exit::Interrupted,
         }
     }

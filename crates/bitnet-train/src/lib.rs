@@ -16,8 +16,12 @@ pub mod ops;
 pub mod optim;
 pub mod plot;
 pub mod progress;
+pub mod record;
+pub mod report;
 pub mod run;
+pub mod run_info;
 pub mod schedule;
+pub mod weights;
 
 pub use config::TrainConfig;
 pub use error::TrainError;

@@ -1,13 +1,13 @@
 //! A training run, from the config to the last checkpoint.
 //!
-//! The loop is [`run`]: evaluate → sample → save → step → log, for each step.
+//! The loop is [`run`]: evaluate → sample → count weights → save → step → log, for each step.
 //! What one of these does is a method of `Trainer`.
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bitnet_data::{BatchStream, Dataset, Split, Tokenizer};
 use bitnet_format::atomic::write_atomic;
@@ -19,10 +19,13 @@ use crate::checkpoint::{self, Snapshot, State};
 use crate::config::TrainConfig;
 use crate::device::DeviceChoice;
 use crate::error::with_path;
-use crate::metrics::{self, EvalMetric, Log, Metric, Sample, TrainMetric};
+use crate::metrics::{self, EvalMetric, Metric, Sample, TrainMetric, WeightMetric};
 use crate::model::Transformer;
 use crate::optim::{AdamW, GradientSum};
 use crate::progress::{Progress, duration};
+use crate::record::Recorder;
+use crate::run_info::{Data, RunInfo, Start};
+use crate::weights::Trits;
 use crate::{TrainError, config_file, evaluate, memory, plot};
 
 /// Steps over which a run's final training loss is averaged.
@@ -102,6 +105,7 @@ pub fn run(options: &RunOptions, stop: &Stop) -> Result<Summary, TrainError> {
         if trainer.due(config.sample.every, trainer.state.sampled_at) {
             trainer.sample(&model)?;
         }
+        trainer.count_weights(&model)?;
         if trainer.due(config.checkpoint.every, trainer.saved_at) {
             trainer.save(&model)?;
         }
@@ -126,12 +130,12 @@ struct Trainer {
     tokenizer: Tokenizer,
     state: State,
     saved_at: Option<u64>,
+    trits: Option<Trits>,
     checkpoint: Option<PathBuf>,
     end: u64,
     /// Seconds of the run before this process, and when this process began.
     clock: (f64, Instant),
-    metrics: Log,
-    samples: Log,
+    record: Recorder,
     progress: Progress,
     /// Held as long as the run folder is in use.
     _lock: File,
@@ -156,25 +160,32 @@ impl Trainer {
             std::io::Write::write_all(w, text.as_bytes())
         })?;
         let corpus = train.manifest().corpus_hash.clone();
+        let data = Data::of(&config.data.dir, train.manifest());
         let mut stream = BatchStream::new(train, config.batch.sequence, config.data.seed)?;
         let mut model = Transformer::new(&config.model, config.seed, &device);
         let host = options.device.is_host();
         let mut optimizer = AdamW::new(&config.optimizer, &model, &device, host);
         let mut state = State::new(stream.state(), corpus, tokenizer.hash_hex());
+        let mut trits = None;
         if let Some(path) = &found {
             let saved = checkpoint::load_state(path)?;
             check_resumed(path, &saved, &state, &config)?;
             model = checkpoint::load(path, &config.model, model, &mut optimizer)?;
             stream = resume_stream(&stream, &config, &saved, path)?;
             state = saved;
+            let now = Trits::of(&model, config.model.weight_quantizer, state.step);
+            trits = now.map_or(Ok(None), |now| Trits::load(path, &now))?;
         }
+        let after = found.as_ref().map(|_| state.step);
+        let start = Start::now(state.step, options.device, data);
+        RunInfo::append(run_dir, start, options.resume)?;
         let steps = config.schedule.steps;
         let end = options.until.map_or(steps, |until| until.min(steps));
         let trainer = Self {
-            metrics: Log::open(&run_dir.join("metrics.jsonl"), state.step)?,
-            samples: Log::open(&run_dir.join("samples.jsonl"), state.step)?,
+            record: Recorder::open(run_dir, after)?,
             progress: Progress::new(end, state.step),
-            saved_at: found.as_ref().map(|_| state.step),
+            saved_at: after,
+            trits,
             checkpoint: found,
             clock: (state.seconds, Instant::now()),
             choice: options.device,
@@ -237,7 +248,7 @@ impl Trainer {
         }
         let step = self.state.step;
         let seconds = self.seconds();
-        self.metrics.write(&Metric::Eval(EvalMetric { step, val_loss, tokens, seconds }))?;
+        self.record.metric(&Metric::Eval(EvalMetric { step, val_loss, tokens, seconds }))?;
         self.state.evaluated_at = Some(step);
         self.state.val_loss = Some(val_loss);
         self.progress.line(&format!("step {step}: validation loss {val_loss:.4} nats per token"));
@@ -255,9 +266,28 @@ impl Trainer {
             let text =
                 evaluate::sample(&model, tokenizer, &config, prompt, context, seed, &device)?;
             self.progress.line(&format!("step {step}: {prompt:?} → {text:?}"));
-            self.samples.write(&Sample { step, prompt: prompt.clone(), text })?;
+            self.record.sample(&Sample { step, prompt: prompt.clone(), text })?;
         }
         self.state.sampled_at = Some(step);
+        Ok(())
+    }
+
+    /// Counts the quantised weights, where a statistic is due at this step.
+    fn count_weights(&mut self, model: &Transformer) -> Result<(), TrainError> {
+        let (step, every) = (self.state.step, self.config.metrics.weights_every);
+        let last = self.trits.as_ref().map(Trits::step);
+        let end = step == self.config.schedule.steps;
+        if every == 0 || last == Some(step) || !(end || step.is_multiple_of(every)) {
+            return Ok(());
+        }
+        let Some(trits) = Trits::of(model, self.config.model.weight_quantizer, step) else {
+            return Ok(());
+        };
+        let layers = trits.shares(self.trits.as_ref());
+        let at = (step, self.state.tokens, self.seconds());
+        let metric = WeightMetric::new(at, last, layers);
+        self.record.metric(&Metric::Weights(metric))?;
+        self.trits = Some(trits);
         Ok(())
     }
 
@@ -274,6 +304,7 @@ impl Trainer {
             optimizer: &self.optimizer,
             tokenizer: &self.tokenizer,
             golden: &golden,
+            trits: self.trits.as_ref(),
         };
         let path = checkpoint::save(&self.config.run_dir, self.config.checkpoint.keep, &snapshot)?;
         self.saved_at = Some(self.state.step);
@@ -293,12 +324,15 @@ impl Trainer {
         let micro_steps = self.config.batch.micro_steps();
         let mut sum = GradientSum::default();
         let mut loss = 0.0;
+        let mut waited = Duration::ZERO;
         for _ in 0..micro_steps {
             if stop.requested() {
                 self.stream = before;
                 return Ok((model, None));
             }
+            let waiting = Instant::now();
             let batch = self.stream.next_batch(self.config.batch.micro_batch)?;
+            waited += waiting.elapsed();
             let (inputs, targets) = evaluate::tensors(&batch, &self.device);
             let mean = model.loss(inputs, targets);
             let value = f64::from(mean.clone().into_scalar::<f32>());
@@ -325,13 +359,15 @@ impl Trainer {
             tokens: self.state.tokens,
             tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64().max(1e-9),
             seconds: self.seconds(),
+            data_seconds: waited.as_secs_f64(),
+            rss_bytes: memory::rss_bytes(),
         };
         Ok((model, Some(metric)))
     }
 
     fn log(&mut self, metric: TrainMetric) -> Result<(), TrainError> {
         self.progress.step(&metric);
-        Ok(self.metrics.write(&Metric::Train(metric))?)
+        Ok(self.record.metric(&Metric::Train(metric))?)
     }
 
     fn interrupted(&mut self, model: &Transformer) -> Result<TrainError, TrainError> {
@@ -359,6 +395,7 @@ impl Trainer {
             if self.state.sampled_at != Some(step) {
                 self.sample(model)?;
             }
+            self.count_weights(model)?;
         }
         if self.saved_at == Some(step) {
             self.plot()?;
@@ -378,7 +415,7 @@ impl Trainer {
         let metrics = metrics::read(&self.config.run_dir.join("metrics.jsonl"))?;
         let steps = metrics.iter().filter_map(|m| match m {
             Metric::Train(m) => Some(m),
-            Metric::Eval(_) => None,
+            Metric::Eval(_) | Metric::Weights(_) => None,
         });
         let steps: Vec<&TrainMetric> = steps.collect();
         let last = &steps[steps.len().saturating_sub(LAST_STEPS)..];

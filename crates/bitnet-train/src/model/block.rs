@@ -201,7 +201,7 @@ impl Block {
         x + self.feed_forward.forward(h, &mut trace)
     }
 
-    pub(super) fn linear(&self, which: Linear) -> &BitLinear {
+    pub(crate) fn linear(&self, which: Linear) -> &BitLinear {
         match which {
             Linear::Q => &self.attention.q,
             Linear::K => &self.attention.k,
