@@ -21,6 +21,7 @@ pub mod report;
 pub mod run;
 pub mod run_info;
 pub mod schedule;
+pub mod tensorboard;
 pub mod weights;
 
 pub use config::TrainConfig;

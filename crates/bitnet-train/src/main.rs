@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+mod commands;
+
 use std::error::Error;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -12,7 +14,7 @@ use bitnet_format::json::write_json;
 use bitnet_kernels::Kernels;
 use bitnet_train::device::DeviceChoice;
 use bitnet_train::{RunOptions, Stop, Summary, TrainConfig, TrainError, config_file};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 /// Train a ternary language model.
 ///
@@ -20,8 +22,11 @@ use clap::Parser;
 /// Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 bad input file,
 /// 130 interrupted.
 #[derive(Debug, Parser)]
-#[command(version, args_override_self = true)]
+#[command(version, args_override_self = true, args_conflicts_with_subcommands = true)]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
     /// The config: a path, or the name of a file in a `configs` folder. With
     /// --resume and --run it may be left out: the run's own config is taken.
     #[arg(long, value_name = "FILE|NAME")]
@@ -65,6 +70,12 @@ struct Args {
     json: Option<String>,
 }
 
+/// What else can be done with runs.
+#[derive(Debug, Subcommand)]
+enum Command {
+    Report(commands::Report),
+}
+
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
@@ -82,6 +93,13 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<(), ExitError> {
     // The fused operations take the instruction set from the environment.
     Kernels::from_env().map_err(ExitError::usage)?;
+    match &args.command {
+        Some(Command::Report(report)) => report.run(),
+        None => train(args),
+    }
+}
+
+fn train(args: &Args) -> Result<(), ExitError> {
     let config = config(args).map_err(coded)?;
     if let Some(threads) = args.threads {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());

@@ -182,7 +182,7 @@ impl Trainer {
         let steps = config.schedule.steps;
         let end = options.until.map_or(steps, |until| until.min(steps));
         let trainer = Self {
-            record: Recorder::open(run_dir, after)?,
+            record: Recorder::open(run_dir, after, config.metrics.tensorboard)?,
             progress: Progress::new(end, state.step),
             saved_at: after,
             trits,
