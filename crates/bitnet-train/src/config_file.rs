@@ -49,6 +49,17 @@ fn find_in<'p>(name: &str, folders: impl Iterator<Item = &'p Path>) -> Result<Pa
 pub fn load(path: &Path, overrides: &[String]) -> Result<TrainConfig, TrainError> {
     let text = fs::read_to_string(path).map_err(with_path(path))?;
     let config: TrainConfig = toml::from_str(&text).map_err(|e| config_error(path, &text, &e))?;
+    with_overrides(config, overrides)
+}
+
+/// Applies overrides, in order.
+///
+/// # Errors
+/// The first one that cannot be applied.
+pub fn with_overrides(
+    config: TrainConfig,
+    overrides: &[String],
+) -> Result<TrainConfig, TrainError> {
     overrides.iter().try_fold(config, |config, text| apply(config, text))
 }
 

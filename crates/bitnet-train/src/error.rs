@@ -82,6 +82,9 @@ pub enum TrainError {
         /// What it lacks.
         what: String,
     },
+    /// A sweep that asks for runs that cannot be.
+    #[error("{0}")]
+    Sweep(String),
     /// A report that could not be made.
     #[error("report: {0}")]
     Report(String),
@@ -155,6 +158,7 @@ impl TrainError {
             | Self::Value { .. }
             | Self::Model(_)
             | Self::DeviceName { .. }
+            | Self::Sweep(_)
             | Self::RunFolder { .. } => Exit::Usage,
             Self::Format(HfError::Write { .. }) => Exit::Failed,
             Self::Checkpoint { .. } | Self::Format(_) | Self::NoRun { .. } => Exit::BadInput,

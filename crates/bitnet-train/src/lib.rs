@@ -19,11 +19,13 @@ pub mod progress;
 pub mod record;
 pub mod report;
 pub mod run;
+pub mod reproduce;
 pub mod run_info;
 pub mod schedule;
+pub mod sweep;
 pub mod tensorboard;
 pub mod weights;
 
 pub use config::TrainConfig;
 pub use error::TrainError;
-pub use run::{RunOptions, Stop, Summary, run};
+pub use run::{RunOptions, Stop, Summary, run, run_shown};

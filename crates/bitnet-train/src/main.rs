@@ -13,6 +13,7 @@ use bitnet_core::{Exit, ExitError, exit};
 use bitnet_format::json::write_json;
 use bitnet_kernels::Kernels;
 use bitnet_train::device::DeviceChoice;
+use bitnet_train::progress::View;
 use bitnet_train::{RunOptions, Stop, Summary, TrainConfig, TrainError, config_file};
 use clap::{Parser, Subcommand};
 
@@ -68,12 +69,18 @@ struct Args {
     /// Write the results as JSON to a file; `-`: to standard output.
     #[arg(long, value_name = "FILE")]
     json: Option<String>,
+
+    /// Show lines of text, also on a terminal.
+    #[arg(long)]
+    plain: bool,
 }
 
 /// What else can be done with runs.
 #[derive(Debug, Subcommand)]
 enum Command {
     Report(commands::Report),
+    Sweep(commands::Sweep),
+    Reproduce(commands::Reproduce),
 }
 
 fn main() -> ExitCode {
@@ -95,21 +102,19 @@ fn run(args: &Args) -> Result<(), ExitError> {
     Kernels::from_env().map_err(ExitError::usage)?;
     match &args.command {
         Some(Command::Report(report)) => report.run(),
+        Some(Command::Sweep(sweep)) => sweep.run(),
+        Some(Command::Reproduce(reproduce)) => reproduce.run(),
         None => train(args),
     }
 }
 
 fn train(args: &Args) -> Result<(), ExitError> {
     let config = config(args).map_err(coded)?;
-    if let Some(threads) = args.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
-        pool.build_global().map_err(|e| ExitError::new(Exit::Failed, e))?;
-    }
+    set_threads(args.threads)?;
     let options =
         RunOptions { config, device: args.device, resume: args.resume, until: args.until };
-    let stop = Stop::default();
-    on_interrupt(stop.clone())?;
-    let summary = bitnet_train::run(&options, &stop).map_err(coded)?;
+    let view = if args.plain { View::Plain } else { View::Auto };
+    let summary = bitnet_train::run_shown(&options, &on_interrupt()?, view).map_err(coded)?;
     report(&summary, args.json.as_deref()).map_err(|e| ExitError::new(Exit::Failed, e))
 }
 
@@ -151,14 +156,24 @@ fn run_config(run: &Path) -> Result<PathBuf, TrainError> {
     Err(TrainError::NoConfig { name: path.display().to_string() })
 }
 
-fn on_interrupt(stop: Stop) -> Result<(), ExitError> {
+fn set_threads(threads: Option<u16>) -> Result<(), ExitError> {
+    let Some(threads) = threads else { return Ok(()) };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
+    pool.build_global().map_err(|e| ExitError::new(Exit::Failed, e))
+}
+
+/// What Ctrl-C asks of the run.
+fn on_interrupt() -> Result<Stop, ExitError> {
+    let stop = Stop::default();
+    let asked = stop.clone();
     let handler = move || {
-        if stop.request() {
+        if asked.request() {
             std::process::exit(Exit::Interrupted.code().into());
         }
         eprintln!("interrupted: saving a checkpoint (again to stop at once)");
     };
-    ctrlc::set_handler(handler).map_err(|e| ExitError::new(Exit::Failed, e))
+    ctrlc::set_handler(handler).map_err(|e| ExitError::new(Exit::Failed, e))?;
+    Ok(stop)
 }
 
 /// The table goes to standard output, unless the JSON does.

@@ -5,10 +5,20 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::TrainConfig;
 use crate::metrics::TrainMetric;
 
 /// Time between plain lines.
 const INTERVAL: Duration = Duration::from_secs(10);
+
+/// How a run is shown on standard error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum View {
+    /// Lines, now and then.
+    Plain,
+    /// A dashboard where standard error is a terminal, lines elsewhere.
+    Auto,
+}
 
 /// Shows how far a run is.
 #[derive(Debug)]
@@ -23,8 +33,9 @@ pub struct Progress {
 impl Progress {
     /// Progress of a run of `steps` steps that stands at `first`.
     #[must_use]
-    pub fn new(steps: u64, first: u64) -> Self {
-        let bar = stderr().is_terminal().then(|| {
+    pub fn new(view: View, config: &TrainConfig, steps: u64, first: u64) -> Self {
+        let _ = config;
+        let bar = (view == View::Auto && stderr().is_terminal()).then(|| {
             let bar = ProgressBar::new(steps).with_position(first);
             let style = "{bar:24} {pos}/{len}  {msg}  left {eta}";
             bar.set_style(

@@ -22,7 +22,7 @@ use crate::error::with_path;
 use crate::metrics::{self, EvalMetric, Metric, Sample, TrainMetric, WeightMetric};
 use crate::model::Transformer;
 use crate::optim::{AdamW, GradientSum};
-use crate::progress::{Progress, duration};
+use crate::progress::{Progress, View, duration};
 use crate::record::Recorder;
 use crate::run_info::{Data, RunInfo, Start};
 use crate::weights::Trits;
@@ -96,7 +96,15 @@ pub struct Summary {
 /// See [`TrainError`]; [`TrainError::Interrupted`] when `stop` was requested, with
 /// a checkpoint saved.
 pub fn run(options: &RunOptions, stop: &Stop) -> Result<Summary, TrainError> {
-    let (mut trainer, mut model) = Trainer::open(options)?;
+    run_shown(options, stop, View::Plain)
+}
+
+/// [`run`], shown in another way.
+///
+/// # Errors
+/// Those of [`run`].
+pub fn run_shown(options: &RunOptions, stop: &Stop, view: View) -> Result<Summary, TrainError> {
+    let (mut trainer, mut model) = Trainer::open(options, view)?;
     let config = options.config.clone();
     while trainer.state.step < trainer.end {
         if trainer.due(config.eval.every, trainer.state.evaluated_at) {
@@ -143,7 +151,7 @@ struct Trainer {
 
 impl Trainer {
     /// Checks everything, then makes or resumes the run.
-    fn open(options: &RunOptions) -> Result<(Self, Transformer), TrainError> {
+    fn open(options: &RunOptions, view: View) -> Result<(Self, Transformer), TrainError> {
         let config = options.config.clone();
         config.validate()?;
         let train = Dataset::open(&config.data.dir, Split::Train)?;
@@ -177,13 +185,19 @@ impl Trainer {
             trits = now.map_or(Ok(None), |now| Trits::load(path, &now))?;
         }
         let after = found.as_ref().map(|_| state.step);
-        let start = Start::now(state.step, options.device, data);
+        // What is continued with other values is no longer bit for bit one run.
+        let changed = match (&saved_config, after) {
+            (Some(saved), Some(_)) => config_file::changes(saved, &config),
+            _ => Vec::new(),
+        };
+        let start = Start { changed, ..Start::now(state.step, options.device, data) };
+        let changed = start.changed.clone();
         RunInfo::append(run_dir, start, options.resume)?;
         let steps = config.schedule.steps;
         let end = options.until.map_or(steps, |until| until.min(steps));
         let trainer = Self {
             record: Recorder::open(run_dir, after, config.metrics.tensorboard)?,
-            progress: Progress::new(end, state.step),
+            progress: Progress::new(view, &config, end, state.step),
             saved_at: after,
             trits,
             checkpoint: found,
@@ -200,11 +214,8 @@ impl Trainer {
             _lock,
         };
         trainer.introduce();
-        // What is continued with other values is no longer bit for bit one run.
-        if let (Some(saved), Some(_)) = (saved_config, &trainer.checkpoint) {
-            for change in config_file::changes(&saved, &trainer.config) {
-                trainer.progress.line(&format!("changed since the run began: {change}"));
-            }
+        for change in changed {
+            trainer.progress.line(&format!("changed since the run began: {change}"));
         }
         Ok((trainer, model))
     }

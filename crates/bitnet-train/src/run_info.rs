@@ -39,6 +39,9 @@ pub struct Start {
     pub command: Vec<String>,
     /// The folder it was given in.
     pub directory: Option<PathBuf>,
+    /// Keys of the config that were changed with it, as `key: old → new`.
+    #[serde(default)]
+    pub changed: Vec<String>,
     /// What `--device` said.
     pub device: String,
     /// Threads of the CPU.
@@ -176,6 +179,7 @@ impl Start {
             step,
             command: std::env::args_os().map(|a| a.to_string_lossy().into_owned()).collect(),
             directory: std::env::current_dir().ok(),
+            changed: Vec::new(),
             device: device.to_string(),
             threads: rayon::current_num_threads(),
             program: Program::this(),

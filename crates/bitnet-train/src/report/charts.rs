@@ -150,10 +150,11 @@ fn thin(points: Points) -> Points {
 
 /// A number on an axis that spans `spread`.
 fn number(value: f64, spread: f64, unit: Unit) -> String {
-    let digits = |spread: f64| (1.0 - spread.max(1e-12).log10().floor()).clamp(0.0, 6.0) as usize;
+    // About five labels: as many digits as tell them apart.
+    let digits = |spread: f64| (-(spread.max(1e-12) / 5.0).log10()).ceil().clamp(0.0, 6.0) as usize;
     match unit {
         Unit::Scientific => format!("{value:.1e}"),
-        Unit::Percent => format!("{:.*} %", digits(spread * 100.0).saturating_sub(1), value * 100.0),
+        Unit::Percent => format!("{:.*} %", digits(spread * 100.0), value * 100.0),
         Unit::Mebibytes => format!("{:.0}", value / f64::from(1 << 20)),
         Unit::Seconds if spread < 180.0 => format!("{value:.0} s"),
         Unit::Seconds if spread < 3.0 * 3600.0 => format!("{:.1} m", value / 60.0),
@@ -178,7 +179,7 @@ mod tests {
     fn numbers_have_the_digits_they_need() {
         for (value, spread, unit, text) in [
             (4.0, 3.0, Unit::Number, "4.0"),
-            (4.125, 0.05, Unit::Number, "4.125"),
+            (4.125, 0.02, Unit::Number, "4.125"),
             (120.0, 200.0, Unit::Number, "120"),
             (1.5e6, 4e6, Unit::Number, "1.5M"),
             (0.305, 0.02, Unit::Percent, "30.5 %"),
