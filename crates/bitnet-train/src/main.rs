@@ -13,7 +13,7 @@ use bitnet_core::{Exit, ExitError, exit};
 use bitnet_format::json::write_json;
 use bitnet_kernels::Kernels;
 use bitnet_train::device::DeviceChoice;
-use bitnet_train::progress::View;
+use bitnet_train::progress::{Notices, View, notice, restore_terminal};
 use bitnet_train::{RunOptions, Stop, Summary, TrainConfig, TrainError, config_file};
 use clap::{Parser, Subcommand};
 
@@ -86,7 +86,7 @@ enum Command {
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(Notices::default).init();
     match run(&Args::parse()) {
         Ok(()) => ExitCode::from(Exit::Done.code()),
         Err(error) => {
@@ -168,9 +168,10 @@ fn on_interrupt() -> Result<Stop, ExitError> {
     let asked = stop.clone();
     let handler = move || {
         if asked.request() {
+            restore_terminal();
             std::process::exit(Exit::Interrupted.code().into());
         }
-        eprintln!("interrupted: saving a checkpoint (again to stop at once)");
+        notice("interrupted: saving a checkpoint (again to stop at once)");
     };
     ctrlc::set_handler(handler).map_err(|e| ExitError::new(Exit::Failed, e))?;
     Ok(stop)

@@ -1,6 +1,6 @@
 //! A training run, from the config to the last checkpoint.
 //!
-//! The loop is [`run`]: evaluate → sample → count weights → save → step → log, for each step.
+//! The loop is [`run`]: evaluate → sample → count weights → save → step → write, for each step.
 //! What one of these does is a method of `Trainer`.
 
 use std::fs::{self, File, TryLockError};
@@ -120,7 +120,7 @@ pub fn run_shown(options: &RunOptions, stop: &Stop, view: View) -> Result<Summar
         let metric;
         (model, metric) = trainer.step(model, stop)?;
         match metric {
-            Some(metric) => trainer.log(metric)?,
+            Some(metric) => trainer.write(&Metric::Train(metric))?,
             None => return Err(trainer.interrupted(&model)?),
         }
     }
@@ -195,9 +195,11 @@ impl Trainer {
         RunInfo::append(run_dir, start, options.resume)?;
         let steps = config.schedule.steps;
         let end = options.until.map_or(steps, |until| until.min(steps));
-        let trainer = Self {
-            record: Recorder::open(run_dir, after, config.metrics.tensorboard)?,
-            progress: Progress::new(view, &config, end, state.step),
+        let record = Recorder::open(run_dir, after, config.metrics.tensorboard)?;
+        let earlier = || metrics::read(&run_dir.join("metrics.jsonl")).unwrap_or_default();
+        let mut trainer = Self {
+            record,
+            progress: Progress::new(view, &config, end, state.step, earlier),
             saved_at: after,
             trits,
             checkpoint: found,
@@ -220,7 +222,7 @@ impl Trainer {
         Ok((trainer, model))
     }
 
-    fn introduce(&self) {
+    fn introduce(&mut self) {
         let c = &self.config;
         let from = match &self.checkpoint {
             Some(path) => format!(", going on from {}", path.display()),
@@ -259,7 +261,7 @@ impl Trainer {
         }
         let step = self.state.step;
         let seconds = self.seconds();
-        self.record.metric(&Metric::Eval(EvalMetric { step, val_loss, tokens, seconds }))?;
+        self.write(&Metric::Eval(EvalMetric { step, val_loss, tokens, seconds }))?;
         self.state.evaluated_at = Some(step);
         self.state.val_loss = Some(val_loss);
         self.progress.line(&format!("step {step}: validation loss {val_loss:.4} nats per token"));
@@ -276,8 +278,9 @@ impl Trainer {
             let tokenizer = &self.tokenizer;
             let text =
                 evaluate::sample(&model, tokenizer, &config, prompt, context, seed, &device)?;
-            self.progress.line(&format!("step {step}: {prompt:?} → {text:?}"));
-            self.record.sample(&Sample { step, prompt: prompt.clone(), text })?;
+            let sample = Sample { step, prompt: prompt.clone(), text };
+            self.progress.sample(&sample);
+            self.record.sample(&sample)?;
         }
         self.state.sampled_at = Some(step);
         Ok(())
@@ -297,7 +300,7 @@ impl Trainer {
         let layers = trits.shares(self.trits.as_ref());
         let at = (step, self.state.tokens, self.seconds());
         let metric = WeightMetric::new(at, last, layers);
-        self.record.metric(&Metric::Weights(metric))?;
+        self.write(&Metric::Weights(metric))?;
         self.trits = Some(trits);
         Ok(())
     }
@@ -376,9 +379,10 @@ impl Trainer {
         Ok((model, Some(metric)))
     }
 
-    fn log(&mut self, metric: TrainMetric) -> Result<(), TrainError> {
-        self.progress.step(&metric);
-        Ok(self.record.metric(&Metric::Train(metric))?)
+    /// Shows and records what was measured.
+    fn write(&mut self, metric: &Metric) -> Result<(), TrainError> {
+        self.progress.metric(metric);
+        Ok(self.record.metric(metric)?)
     }
 
     fn interrupted(&mut self, model: &Transformer) -> Result<TrainError, TrainError> {
@@ -452,7 +456,7 @@ impl Trainer {
         self.clock.0 + self.clock.1.elapsed().as_secs_f64()
     }
 
-    fn non_finite(&self, what: &'static str, value: f64) -> TrainError {
+    fn non_finite(&mut self, what: &'static str, value: f64) -> TrainError {
         self.progress.finish();
         let step = self.state.step + 1;
         TrainError::NonFinite { what, value, step, checkpoint: self.checkpoint.clone() }
