@@ -1,6 +1,6 @@
 """TensorBoard reads a run's event files and finds the numbers of metrics.jsonl.
 
-    python3 -m venv venv && venv/bin/pip install tensorboard==2.20.0
+    python3 -m venv venv && venv/bin/pip install tensorboard==2.21.0
     venv/bin/python scripts/interop/tensorboard_events.py RUN…
 
 Each value is compared with the line it was made from, as f32; a step that comes

@@ -137,7 +137,10 @@ fn warnings(run: &RunData, old: &Start, new: &Start) -> Vec<String> {
     let starts = run.info.iter().flat_map(|info| &info.starts);
     for start in starts {
         for change in &start.changed {
-            all.push(format!("the run was gone on with another config at step {}: {change}", start.step));
+            all.push(format!(
+                "the run was gone on with another config at step {}: {change}",
+                start.step
+            ));
         }
     }
     all

@@ -113,10 +113,7 @@ impl Program {
             modified: env!("BITNET_BUILD_DIRTY").parse().ok(),
             rustc: env!("BITNET_BUILD_RUSTC").to_owned(),
             target: env!("BITNET_BUILD_TARGET").to_owned(),
-            features: env!("BITNET_BUILD_FEATURES")
-                .split(',')
-                .filter_map(known)
-                .collect(),
+            features: env!("BITNET_BUILD_FEATURES").split(',').filter_map(known).collect(),
         }
     }
 

@@ -4,10 +4,10 @@
 use std::any::Any;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::fs;
 use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::fs;
 
 use bitnet_core::exit;
 use bitnet_format::atomic::write_atomic;
@@ -304,7 +304,8 @@ impl Table {
     /// Heads and rows of text.
     fn cells(&self) -> Vec<[String; 7]> {
         let loss = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.4}"));
-        let head = ["run", "status", "validation loss", "training loss", "steps", "tokens/s", "time"];
+        let head =
+            ["run", "status", "validation loss", "training loss", "steps", "tokens/s", "time"];
         let row = |r: &Outcome| {
             let status = match r.status {
                 Status::Finished => "finished",
@@ -329,8 +330,9 @@ impl std::fmt::Display for Table {
     /// A Markdown table with aligned columns.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let cells = self.cells();
-        let width: [usize; 7] =
-            std::array::from_fn(|i| cells.iter().map(|row| row[i].chars().count()).max().unwrap_or(0));
+        let width: [usize; 7] = std::array::from_fn(|i| {
+            cells.iter().map(|row| row[i].chars().count()).max().unwrap_or(0)
+        });
         for (index, row) in cells.iter().enumerate() {
             let mut line = String::from("|");
             for (text, width) in row.iter().zip(width) {

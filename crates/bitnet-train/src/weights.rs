@@ -124,8 +124,7 @@ impl Trits {
         }
         let bad = |what: String| TrainError::checkpoint(&path, what);
         let bytes = fs::read(&path).map_err(with_path(&path))?;
-        let (_, header) =
-            SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
         let metadata = header.metadata().as_ref();
         let step = metadata.and_then(|m| m.get(STEP)).and_then(|s| s.parse().ok());
         let step = step.ok_or_else(|| bad("names no step".to_owned()))?;

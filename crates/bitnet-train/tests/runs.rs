@@ -90,7 +90,11 @@ fn every_start_of_a_run_is_recorded() {
     assert!(command.contains(&"--resume".into()), "{command:?}");
     let events = fs::read_dir(dir.path().join("run/tensorboard")).unwrap().count();
     assert_eq!(events, 2);
-    train(dir.path(), "bare", &["--set", "metrics.tensorboard=false", "--set", "metrics.weights_every=0"]);
+    train(
+        dir.path(),
+        "bare",
+        &["--set", "metrics.tensorboard=false", "--set", "metrics.weights_every=0"],
+    );
     assert!(!dir.path().join("bare/tensorboard").exists());
     let all = metrics::read(&dir.path().join("bare/metrics.jsonl")).unwrap();
     assert!(!all.iter().any(|m| matches!(m, Metric::Weights(_))));

@@ -9,7 +9,9 @@ use ratatui::layout::{Alignment, Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::symbols::Marker;
 use ratatui::text::{Line, Span};
-use ratatui::widgets::{Axis, Block, Cell, Chart, Dataset, Gauge, GraphType, Paragraph, Row, Table, Wrap};
+use ratatui::widgets::{
+    Axis, Block, Cell, Chart, Dataset, Gauge, GraphType, Paragraph, Row, Table, Wrap,
+};
 
 use super::duration;
 use crate::TrainConfig;
@@ -88,7 +90,8 @@ impl Dashboard {
     /// Draws everything that there is room for.
     pub(crate) fn draw(&self, frame: &mut Frame<'_>) {
         let area = frame.area();
-        let [head, body] = Layout::vertical([Constraint::Length(2), Constraint::Min(0)]).areas(area);
+        let [head, body] =
+            Layout::vertical([Constraint::Length(2), Constraint::Min(0)]).areas(area);
         self.draw_head(frame, head);
         if area.width < 60 || area.height < 20 {
             let [figures, log] =
@@ -97,12 +100,9 @@ impl Dashboard {
             self.draw_log(frame, log);
             return;
         }
-        let [top, middle, bottom] = Layout::vertical([
-            Constraint::Fill(5),
-            Constraint::Fill(4),
-            Constraint::Length(7),
-        ])
-        .areas(body);
+        let [top, middle, bottom] =
+            Layout::vertical([Constraint::Fill(5), Constraint::Fill(4), Constraint::Length(7)])
+                .areas(body);
         let [curve, figures] =
             Layout::horizontal([Constraint::Min(0), Constraint::Length(28)]).areas(top);
         self.draw_loss(frame, curve);
@@ -162,8 +162,7 @@ impl Dashboard {
             let line = Dataset::default().graph_type(GraphType::Line).marker(Marker::Braille);
             line.name(name).style(color).data(data)
         };
-        let sets =
-            vec![set("training", TRAIN, &train), set("validation", VALIDATION, &validation)];
+        let sets = vec![set("training", TRAIN, &train), set("validation", VALIDATION, &validation)];
         let label = |x: f64| Span::raw(format!("{x:.2}"));
         let chart = Chart::new(sets)
             .block(block)
@@ -173,12 +172,11 @@ impl Dashboard {
                     .bounds([0.0, last.max(1.0)])
                     .labels(["0".to_owned(), format!("{last:.0}")]),
             )
-            .y_axis(
-                Axis::default()
-                    .style(FAINT)
-                    .bounds([low, high])
-                    .labels([label(low), label((low + high) / 2.0), label(high)]),
-            );
+            .y_axis(Axis::default().style(FAINT).bounds([low, high]).labels([
+                label(low),
+                label((low + high) / 2.0),
+                label(high),
+            ]));
         frame.render_widget(chart, area);
     }
 
@@ -282,7 +280,8 @@ impl Dashboard {
     fn draw_log(&self, frame: &mut Frame<'_>, area: Rect) {
         let rows = area.height.saturating_sub(2) as usize;
         let first = self.lines.len().saturating_sub(rows);
-        let lines: Vec<Line<'_>> = self.lines.iter().skip(first).map(|l| l.as_str().into()).collect();
+        let lines: Vec<Line<'_>> =
+            self.lines.iter().skip(first).map(|l| l.as_str().into()).collect();
         let block = Block::bordered().title(" log ").border_style(FAINT);
         frame.render_widget(Paragraph::new(lines).block(block), area);
     }

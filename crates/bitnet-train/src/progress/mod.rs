@@ -49,7 +49,7 @@ impl Progress {
     ) -> Self {
         #[cfg(unix)]
         let screen = (view == View::Auto)
-            .then(|| Screen::open(Dashboard::new(config, steps, first)).ok())
+            .then(|| Screen::open(Dashboard::new(config, steps, first)))
             .flatten()
             .map(|mut screen| {
                 let before = before();

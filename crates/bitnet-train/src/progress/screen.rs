@@ -18,6 +18,7 @@ use super::dashboard::Dashboard;
 /// The alternate screen without a cursor, and back.
 const ENTER: &str = "\x1b[?1049h\x1b[?25l";
 const LEAVE: &str = "\x1b[?25h\x1b[?1049l";
+const CLEAR: &str = "\x1b[2J";
 
 /// Time between two pictures.
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -69,22 +70,24 @@ fn size() -> Option<Rect> {
     (rows > 0 && columns > 0).then(|| Rect::new(0, 0, columns, rows))
 }
 
+/// A terminal of this size of which nothing is known yet. The library's own `clear`
+/// and `resize` ask the terminal where its cursor is and wait for an answer.
+fn blank(size: Rect) -> io::Result<Terminal<TermionBackend<Stderr>>> {
+    let options = TerminalOptions { viewport: Viewport::Fixed(size) };
+    Terminal::with_options(TermionBackend::new(stderr()), options)
+}
+
 impl Screen {
-    /// Takes the terminal over; the dashboard back where there is none, or another
-    /// program has it.
-    pub(super) fn open(dashboard: Dashboard) -> Result<Self, Dashboard> {
+    /// Takes the terminal over; none where there is none, or another program has it.
+    pub(super) fn open(dashboard: Dashboard) -> Option<Self> {
         let dumb = std::env::var("TERM").is_ok_and(|term| term == "dumb");
         let foreground = || tcgetpgrp(stderr()).is_ok_and(|group| group == getpgrp());
         if dumb || !stderr().is_terminal() || !foreground() {
-            return Err(dashboard);
+            return None;
         }
-        let (Some(size), Ok(before)) = (size(), termios::tcgetattr(stderr())) else {
-            return Err(dashboard);
-        };
-        let options = TerminalOptions { viewport: Viewport::Fixed(size) };
-        let Ok(terminal) = Terminal::with_options(TermionBackend::new(stderr()), options) else {
-            return Err(dashboard);
-        };
+        let size = size()?;
+        let before = termios::tcgetattr(stderr()).ok()?;
+        let terminal = blank(size).ok()?;
         // Keys are not shown; Ctrl-C still is a signal.
         let mut quiet = before.clone();
         quiet.local_flags.remove(LocalFlags::ECHO | LocalFlags::ICANON);
@@ -93,7 +96,7 @@ impl Screen {
         let _ = termios::tcsetattr(stderr(), SetArg::TCSANOW, &quiet);
         let _ = stderr().write_all(ENTER.as_bytes());
         let refreshed = Instant::now();
-        Ok(Self { terminal, dashboard, size, drawn: None, refreshed })
+        Some(Self { terminal, dashboard, size, drawn: None, refreshed })
     }
 
     /// Changes what is shown, and shows it where that is due.
@@ -111,12 +114,10 @@ impl Screen {
             return Ok(());
         }
         let now = size().unwrap_or(self.size);
-        if now != self.size {
-            self.size = now;
-            self.terminal.resize(now)?;
-        } else if self.refreshed.elapsed() > REFRESH {
-            self.refreshed = Instant::now();
-            self.terminal.clear()?;
+        if now != self.size || self.refreshed.elapsed() > REFRESH {
+            (self.size, self.refreshed) = (now, Instant::now());
+            stderr().write_all(CLEAR.as_bytes())?;
+            self.terminal = blank(now)?;
         }
         self.terminal.draw(|frame| self.dashboard.draw(frame))?;
         self.drawn = Some(Instant::now());

@@ -50,8 +50,9 @@ impl RunData {
             fs::read_to_string(path).map_err(|e| bad(format!("{name}: {e}")))
         };
         let text = read("config.toml")?;
-        let table: Table =
-            text.parse().map_err(|e: toml::de::Error| bad(format!("config.toml: {}", e.message())))?;
+        let table: Table = text
+            .parse()
+            .map_err(|e: toml::de::Error| bad(format!("config.toml: {}", e.message())))?;
         let mut config = BTreeMap::new();
         flatten("", &table, &mut config);
         let broken = |e: std::io::Error| bad(e.to_string());
@@ -127,10 +128,7 @@ impl RunData {
     /// Seconds of training so far, interruptions left out.
     #[must_use]
     pub fn seconds(&self) -> Option<f64> {
-        let last = [
-            self.steps.last().map(|m| m.seconds),
-            self.evals.last().map(|m| m.seconds),
-        ];
+        let last = [self.steps.last().map(|m| m.seconds), self.evals.last().map(|m| m.seconds)];
         last.into_iter().flatten().reduce(f64::max)
     }
 

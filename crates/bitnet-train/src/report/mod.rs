@@ -13,8 +13,8 @@ use bitnet_format::atomic::write_atomic;
 use minijinja::{Environment, Value, context};
 use plotters::style::RGBColor;
 
-pub use self::data::RunData;
 use self::charts::{COLORS, Chart, Line, Unit};
+pub use self::data::RunData;
 use crate::TrainError;
 use crate::error::with_path;
 use crate::metrics::TrainMetric;

@@ -186,7 +186,7 @@ mod tests {
         all.iter().map(read).collect()
     }
 
-    /// The bytes of tensorboard 2.20's own `RecordWriter`.
+    /// The bytes of tensorboard 2.21's own `RecordWriter`.
     #[test]
     fn frames_are_those_of_tensorboard() {
         let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
