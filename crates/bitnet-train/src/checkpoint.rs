@@ -1,9 +1,10 @@
 //! Checkpoints: Hugging Face model folders that a run can be gone on from.
 //!
 //! `<run>/checkpoints/<step>/` holds `model.safetensors` (f32), `config.json`,
-//! `tokenizer.json`, `optimizer.safetensors`, `state.json` and `golden.json`. A
-//! folder gets its name when all of it is on the disk, so that a kill at any
-//! moment, or a full disk, leaves the checkpoints before it as they are.
+//! `tokenizer.json`, `optimizer.safetensors`, `state.json`, `golden.json` and, for
+//! the flip rate, `trits.safetensors`. A folder gets its name when all of it is on
+//! the disk, so that a kill at any moment, or a full disk, leaves the checkpoints
+//! before it as they are.
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use crate::TrainError;
 use crate::error::with_path;
 use crate::model::Transformer;
 use crate::optim::Optimizer;
+use crate::weights::Trits;
 
 /// The version of `state.json` that this program writes and reads.
 const VERSION: u32 = 1;
@@ -105,6 +107,8 @@ pub struct Snapshot<'s> {
     pub tokenizer: &'s Tokenizer,
     /// The golden logits.
     pub golden: &'s Golden,
+    /// The quantised weights last counted.
+    pub trits: Option<&'s Trits>,
 }
 
 /// Writes a checkpoint and removes all but the newest `keep`.
@@ -143,6 +147,7 @@ fn write_files(dir: &Path, s: &Snapshot<'_>) -> Result<(), TrainError> {
         out.write(&name, &values)?;
     }
     out.commit()?;
+    s.trits.map_or(Ok(()), |trits| trits.save(dir))?;
     write_json(&dir.join(GOLDEN), s.golden)?;
     write_json(&dir.join(STATE), s.state)
 }

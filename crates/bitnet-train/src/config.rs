@@ -49,6 +49,9 @@ pub struct TrainConfig {
     pub sample: SampleConfig,
     /// What is kept.
     pub checkpoint: CheckpointConfig,
+    /// What is recorded.
+    #[serde(default)]
+    pub metrics: MetricsConfig,
 }
 
 /// The `[data]` table.
@@ -123,6 +126,23 @@ pub struct CheckpointConfig {
     pub every: u64,
     /// How many of the newest are kept.
     pub keep: usize,
+}
+
+/// The `[metrics]` table: what a run records beside loss and learning rate. None of
+/// it changes what is computed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Steps between statistics of the quantised weights; 0: none.
+    pub weights_every: u64,
+    /// Write TensorBoard event files into `<run>/tensorboard`.
+    pub tensorboard: bool,
+}
+
+impl Default for MetricsConfig {
+    fn default() -> Self {
+        Self { weights_every: 50, tensorboard: true }
+    }
 }
 
 impl TrainConfig {
@@ -228,6 +248,7 @@ pub(crate) mod tests {
                 temperature: 0.0,
             },
             checkpoint: CheckpointConfig { every: 5, keep: 2 },
+            metrics: MetricsConfig { weights_every: 4, tensorboard: true },
         }
     }
 

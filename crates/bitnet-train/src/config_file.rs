@@ -49,12 +49,18 @@ fn find_in<'p>(name: &str, folders: impl Iterator<Item = &'p Path>) -> Result<Pa
 pub fn load(path: &Path, overrides: &[String]) -> Result<TrainConfig, TrainError> {
     let text = fs::read_to_string(path).map_err(with_path(path))?;
     let config: TrainConfig = toml::from_str(&text).map_err(|e| config_error(path, &text, &e))?;
-    override_keys(config, overrides)
+    with_overrides(config, overrides)
 }
 
 /// Applies overrides in order. A table that they make need only be whole behind the
 /// last of them; an error is told of the first with which it arose.
-fn override_keys(config: TrainConfig, overrides: &[String]) -> Result<TrainConfig, TrainError> {
+///
+/// # Errors
+/// A key or a value that is none.
+pub fn with_overrides(
+    config: TrainConfig,
+    overrides: &[String],
+) -> Result<TrainConfig, TrainError> {
     let whole = |e: toml::ser::Error| std::io::Error::other(e);
     let mut root = Table::try_from(&config).map_err(whole)?;
     let mut errors = Vec::new();
@@ -78,8 +84,8 @@ pub fn to_toml(config: &TrainConfig) -> Result<String, TrainError> {
 }
 
 /// The keys in which a run's saved config (its text) and a new one differ, each as
-/// `table.key: old → new`. The run folder and where the data lies are not among
-/// them: they do not change what is computed.
+/// `table.key: old → new`. The run folder, where the data lies and what is recorded
+/// are not among them: they do not change what is computed.
 #[must_use]
 pub fn changes(saved: &str, config: &TrainConfig) -> Vec<String> {
     // Both by way of their text: a value of f32 is another one as an f64.
@@ -98,13 +104,14 @@ pub fn changes(saved: &str, config: &TrainConfig) -> Vec<String> {
     let show = |v: Option<&String>| v.map_or("(absent)", String::as_str).to_owned();
     names
         .into_iter()
-        .filter(|k| !["run_dir", "data.dir"].contains(&k.as_str()))
+        .filter(|k| !["run_dir", "data.dir"].contains(&k.as_str()) && !k.starts_with("metrics."))
         .filter(|k| old_keys.get(*k) != new_keys.get(*k))
         .map(|k| format!("{k}: {} → {}", show(old_keys.get(k)), show(new_keys.get(k))))
         .collect()
 }
 
-fn flatten(prefix: &str, table: &Table, into: &mut BTreeMap<String, String>) {
+/// Every key of a table as `table.key`, with its value as text.
+pub(crate) fn flatten(prefix: &str, table: &Table, into: &mut BTreeMap<String, String>) {
     for (key, value) in table {
         let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
         match value {

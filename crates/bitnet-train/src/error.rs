@@ -75,6 +75,20 @@ pub enum TrainError {
         /// What it holds and what to do.
         what: String,
     },
+    /// A folder that is to be read as a run and is none.
+    #[error("{}: no run folder: {what}", path.display())]
+    NoRun {
+        /// The folder.
+        path: PathBuf,
+        /// What it lacks.
+        what: String,
+    },
+    /// A sweep that asks for runs that cannot be.
+    #[error("{0}")]
+    Sweep(String),
+    /// A report that could not be made.
+    #[error("report: {0}")]
+    Report(String),
     /// A checkpoint that cannot be gone on from.
     #[error("checkpoint {}: {what}", path.display())]
     Checkpoint {
@@ -152,13 +166,18 @@ impl TrainError {
             | Self::Model(_)
             | Self::DeviceName { .. }
             | Self::RunFolder { .. }
+            | Self::Sweep(_)
             | Self::Ranks(_) => Exit::Usage,
             Self::Format(HfError::Write { .. }) => Exit::Failed,
-            Self::Checkpoint { .. } | Self::Format(_) | Self::Start(_) => Exit::BadInput,
-            Self::Data(e) => e.exit(),
-            Self::DeviceLost { .. } | Self::Io(_) | Self::Plot { .. } | Self::NonFinite { .. } => {
-                Exit::Failed
+            Self::Checkpoint { .. } | Self::Format(_) | Self::Start(_) | Self::NoRun { .. } => {
+                Exit::BadInput
             }
+            Self::Data(e) => e.exit(),
+            Self::DeviceLost { .. }
+            | Self::Io(_)
+            | Self::Plot { .. }
+            | Self::Report(_)
+            | Self::NonFinite { .. } => Exit::Failed,
             Self::Interrupted { .. } => Exit::Interrupted,
         }
     }

@@ -19,10 +19,17 @@ pub mod plot;
 pub mod progress;
 pub mod ranks;
 pub mod recompute;
+pub mod record;
+pub mod report;
+pub mod reproduce;
 pub mod run;
+pub mod run_info;
 pub mod schedule;
 pub mod stage;
 pub mod start;
+pub mod sweep;
+pub mod tensorboard;
+pub mod weights;
 
 pub use config::TrainConfig;
 pub use error::TrainError;

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+mod commands;
+
 use std::error::Error;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -11,8 +13,9 @@ use bitnet_core::{Exit, ExitError, exit};
 use bitnet_format::json::write_json;
 use bitnet_kernels::Kernels;
 use bitnet_train::device::DeviceChoice;
+use bitnet_train::progress::{Notices, View, notice, restore_terminal};
 use bitnet_train::{Ranks, RunOptions, Stop, Summary, TrainConfig, TrainError, config_file};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 /// Train a ternary language model.
 ///
@@ -20,8 +23,11 @@ use clap::Parser;
 /// Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 bad input file,
 /// 130 interrupted.
 #[derive(Debug, Parser)]
-#[command(version, args_override_self = true)]
+#[command(version, args_override_self = true, args_conflicts_with_subcommands = true)]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+
     /// The config: a path, or the name of a file in a `configs` folder. With
     /// --resume and --run it may be left out: the run's own config is taken.
     #[arg(long, value_name = "FILE|NAME")]
@@ -63,12 +69,24 @@ struct Args {
     /// Write the results as JSON to a file; `-`: to standard output.
     #[arg(long, value_name = "FILE")]
     json: Option<String>,
+
+    /// Show lines of text, also on a terminal.
+    #[arg(long)]
+    plain: bool,
+}
+
+/// What else can be done with runs.
+#[derive(Debug, Subcommand)]
+enum Command {
+    Report(commands::Report),
+    Sweep(commands::Sweep),
+    Reproduce(commands::Reproduce),
 }
 
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(Notices::default).init();
     match run(&Args::parse()) {
         Ok(()) => ExitCode::from(Exit::Done.code()),
         Err(error) => {
@@ -82,17 +100,23 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<(), ExitError> {
     // The fused operations take the instruction set from the environment.
     Kernels::from_env().map_err(ExitError::usage)?;
-    let config = config(args).map_err(coded)?;
-    if let Some(threads) = args.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
-        pool.build_global().map_err(|e| ExitError::new(Exit::Failed, e))?;
+    match &args.command {
+        Some(Command::Report(report)) => report.run(),
+        Some(Command::Sweep(sweep)) => sweep.run(),
+        Some(Command::Reproduce(reproduce)) => reproduce.run(),
+        None => train(args),
     }
+}
+
+fn train(args: &Args) -> Result<(), ExitError> {
+    let config = config(args).map_err(coded)?;
+    set_threads(args.threads)?;
     let options =
         RunOptions { config, device: args.device, resume: args.resume, until: args.until };
-    let stop = Stop::default();
-    on_interrupt(stop.clone())?;
+    let view = if args.plain { View::Plain } else { View::Auto };
+    let stop = on_interrupt()?;
     let ranks = Ranks::open().map_err(coded)?;
-    let summary = match bitnet_train::run_on(&ranks, &options, &stop) {
+    let summary = match bitnet_train::run_on(&ranks, &options, &stop, view) {
         Ok(summary) => summary,
         // The others wait for this one.
         Err(error) if ranks.size() > 1 => {
@@ -145,14 +169,25 @@ fn run_config(run: &Path) -> Result<PathBuf, TrainError> {
     Err(TrainError::NoConfig { name: path.display().to_string() })
 }
 
-fn on_interrupt(stop: Stop) -> Result<(), ExitError> {
+fn set_threads(threads: Option<u16>) -> Result<(), ExitError> {
+    let Some(threads) = threads else { return Ok(()) };
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
+    pool.build_global().map_err(|e| ExitError::new(Exit::Failed, e))
+}
+
+/// What Ctrl-C asks of the run.
+fn on_interrupt() -> Result<Stop, ExitError> {
+    let stop = Stop::default();
+    let asked = stop.clone();
     let handler = move || {
-        if stop.request() {
+        if asked.request() {
+            restore_terminal();
             std::process::exit(Exit::Interrupted.code().into());
         }
-        eprintln!("interrupted: saving a checkpoint (again to stop at once)");
+        notice("interrupted: saving a checkpoint (again to stop at once)");
     };
-    ctrlc::set_handler(handler).map_err(|e| ExitError::new(Exit::Failed, e))
+    ctrlc::set_handler(handler).map_err(|e| ExitError::new(Exit::Failed, e))?;
+    Ok(stop)
 }
 
 /// The table goes to standard output, unless the JSON does.

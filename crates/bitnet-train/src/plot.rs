@@ -17,13 +17,13 @@ use crate::error::with_path;
 use crate::metrics::Metric;
 
 const SIZE: (u32, u32) = (1000, 720);
-const FONT: &str = "sans-serif";
+pub(crate) const FONT: &str = "sans-serif";
 const RAW: RGBColor = RGBColor(178, 200, 226);
 const TRAIN: RGBColor = RGBColor(31, 96, 168);
 const VALIDATION: RGBColor = RGBColor(208, 82, 20);
 const RATE: RGBColor = RGBColor(60, 128, 70);
 
-type Points = Vec<(f64, f64)>;
+pub(crate) type Points = Vec<(f64, f64)>;
 
 /// Draws both files into `folder`; nothing where no step was logged.
 ///
@@ -55,7 +55,7 @@ pub fn draw(folder: &Path, name: &str, metrics: &[Metric]) -> Result<(), TrainEr
 }
 
 /// A font that is part of the program, so that plots look the same everywhere.
-fn load_font() {
+pub(crate) fn load_font() {
     static LOADED: OnceLock<()> = OnceLock::new();
     LOADED.get_or_init(|| {
         // It cannot fail: the bytes are a font, as the tests see.
@@ -81,6 +81,7 @@ impl Curves {
                     rate.push((x, m.lr));
                 }
                 Metric::Eval(m) => validation.push((x, m.val_loss)),
+                Metric::Weights(_) => {}
             }
         }
         Self { smooth: smooth(&loss), loss, validation, rate }
@@ -182,7 +183,7 @@ fn text(error: impl Display) -> String {
 
 /// An exponential mean over about a fiftieth of the run, free of the bias
 /// towards its start.
-fn smooth(points: &Points) -> Points {
+pub(crate) fn smooth(points: &[(f64, f64)]) -> Points {
     let keep = 1.0 - 1.0 / (points.len() as f64 / 50.0).max(1.0);
     let (mut sum, mut weight) = (0.0, 0.0);
     let mean = points.iter().map(|&(x, y)| {
@@ -220,6 +221,8 @@ mod tests {
                 tokens: 0,
                 tokens_per_second: 1.0,
                 seconds: x,
+                data_seconds: 0.0,
+                rss_bytes: None,
             }));
             if step.is_multiple_of(50) {
                 let (val_loss, tokens, seconds) = (loss + 0.1, 1, x);

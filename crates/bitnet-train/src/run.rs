@@ -1,13 +1,13 @@
 //! A training run, from the config to the last checkpoint.
 //!
-//! The loop is [`run`]: evaluate → sample → save → step → log, for each step.
+//! The loop is [`run`]: evaluate → sample → count weights → save → step → write, for each step.
 //! What one of these does is a method of `Trainer`.
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bitnet_data::{BatchStream, Dataset, Split, Tokenizer};
 use bitnet_format::atomic::write_atomic;
@@ -20,12 +20,15 @@ use crate::config::TrainConfig;
 use crate::device::DeviceChoice;
 use crate::distill::{Examples, Teacher};
 use crate::error::with_path;
-use crate::metrics::{self, EvalMetric, Log, Metric, Sample, TrainMetric};
+use crate::metrics::{self, EvalMetric, Metric, Sample, TrainMetric, WeightMetric};
 use crate::model::Transformer;
 use crate::optim::{GradientSum, Optimizer};
-use crate::progress::{Progress, duration};
+use crate::progress::{Progress, View, duration};
 use crate::ranks::Ranks;
+use crate::record::Recorder;
+use crate::run_info::{Data, RunInfo, Start};
 use crate::stage::Stage;
+use crate::weights::Trits;
 use crate::{TrainError, config_file, distill, evaluate, memory, ops, plot, recompute, start};
 
 /// Steps over which a run's final training loss is averaged.
@@ -96,17 +99,23 @@ pub struct Summary {
 /// See [`TrainError`]; [`TrainError::Interrupted`] when `stop` was requested, with
 /// a checkpoint saved.
 pub fn run(options: &RunOptions, stop: &Stop) -> Result<Summary, TrainError> {
-    run_on(&Ranks::open()?, options, stop)
+    run_on(&Ranks::open()?, options, stop, View::Plain)
 }
 
-/// Trains as one of several processes. Rank 0 writes the run folder and returns
-/// what the run came to; the others return the same steps without losses.
+/// Trains as one of several processes, shown on the terminal as `view` says. Rank 0
+/// writes the run folder and returns what the run came to; the others return the
+/// same steps without losses.
 ///
 /// # Errors
 /// As [`run`]; where one rank fails, the others wait until they are ended with
 /// [`Ranks::abort`].
-pub fn run_on(ranks: &Ranks, options: &RunOptions, stop: &Stop) -> Result<Summary, TrainError> {
-    let (mut trainer, mut model) = Trainer::open(options, ranks)?;
+pub fn run_on(
+    ranks: &Ranks,
+    options: &RunOptions,
+    stop: &Stop,
+    view: View,
+) -> Result<Summary, TrainError> {
+    let (mut trainer, mut model) = Trainer::open(options, ranks, view)?;
     let config = options.config.clone();
     while trainer.state.step < trainer.end {
         if trainer.due(config.eval.every, trainer.state.evaluated_at) {
@@ -115,13 +124,14 @@ pub fn run_on(ranks: &Ranks, options: &RunOptions, stop: &Stop) -> Result<Summar
         if trainer.due(config.sample.every, trainer.state.sampled_at) {
             trainer.sample(&model)?;
         }
+        trainer.count_weights(&model)?;
         if trainer.due(config.checkpoint.every, trainer.saved_at) {
             trainer.save(&model)?;
         }
         let metric;
         (model, metric) = trainer.step(model, stop)?;
         match metric {
-            Some(metric) => trainer.log(metric)?,
+            Some(metric) => trainer.write(&Metric::Train(metric))?,
             None => return Err(trainer.interrupted(&model)?),
         }
     }
@@ -141,12 +151,13 @@ struct Trainer<'r> {
     teacher: Option<Teacher>,
     state: State,
     saved_at: Option<u64>,
+    trits: Option<Trits>,
     checkpoint: Option<PathBuf>,
     end: u64,
     /// Seconds of the run before this process, and when this process began.
     clock: (f64, Instant),
-    /// `metrics.jsonl` and `samples.jsonl`, on the rank that writes.
-    logs: Option<[Log; 2]>,
+    /// On the rank that writes.
+    record: Option<Recorder>,
     progress: Progress,
     /// Held as long as the run folder is in use.
     _lock: Option<File>,
@@ -154,7 +165,11 @@ struct Trainer<'r> {
 
 impl<'r> Trainer<'r> {
     /// Checks everything, then makes or resumes the run.
-    fn open(options: &RunOptions, ranks: &'r Ranks) -> Result<(Self, Transformer), TrainError> {
+    fn open(
+        options: &RunOptions,
+        ranks: &'r Ranks,
+        view: View,
+    ) -> Result<(Self, Transformer), TrainError> {
         let config = options.config.clone();
         config.validate()?;
         let train = Dataset::open(&config.data.dir, Split::Train)?;
@@ -180,6 +195,7 @@ impl<'r> Trainer<'r> {
             })?;
         }
         let corpus = train.manifest().corpus_hash.clone();
+        let data = Data::of(&config.data.dir, train.manifest());
         let mut stream = BatchStream::new(train, config.batch.sequence, config.data.seed)?;
         let mut model = Transformer::new(&config.model, config.seed, &device);
         let host = options.device.is_host();
@@ -194,27 +210,44 @@ impl<'r> Trainer<'r> {
         let plain = device.clone().without_autodiff();
         let teacher = config.distill.as_ref();
         let teacher = teacher.map(|d| Teacher::open(d, &config.model, &plain)).transpose()?;
+        let mut trits = None;
         if let Some(path) = &found {
             let saved = checkpoint::load_state(path)?;
             check_resumed(path, &saved, &state, &config)?;
             model = checkpoint::load(path, &config.model, model, &mut optimizer)?;
             stream = resume_stream(&stream, &config, &saved, path)?;
             state = saved;
+            let now = Trits::of(&model, state.step);
+            trits = now.map_or(Ok(None), |now| Trits::load(path, &now))?;
+        }
+        let after = found.as_ref().map(|_| state.step);
+        // What is continued with other values is no longer bit for bit one run.
+        let changed = match (&saved_config, after) {
+            (Some(saved), Some(_)) => config_file::changes(saved, &config),
+            _ => Vec::new(),
+        };
+        let start = Start { changed, ..Start::now(state.step, options.device, data) };
+        let changed = start.changed.clone();
+        if ranks.is_first() {
+            RunInfo::append(run_dir, start, options.resume)?;
         }
         let steps = config.schedule.steps;
         let end = options.until.map_or(steps, |until| until.min(steps));
         config.quantization.at(state.step, steps).apply(&config.model, &mut model);
-        let log = |name: &str| Log::open(&run_dir.join(name), state.step);
-        let logs = match ranks.is_first() {
-            true => Some([log("metrics.jsonl")?, log("samples.jsonl")?]),
+        let tensorboard = config.metrics.tensorboard;
+        let record = match ranks.is_first() {
+            true => Some(Recorder::open(run_dir, after, tensorboard)?),
             false => None,
         };
-        let trainer = Self {
+        let view = if ranks.is_first() { view } else { View::Plain };
+        let earlier = || metrics::read(&run_dir.join("metrics.jsonl")).unwrap_or_default();
+        let mut trainer = Self {
             ranks,
             teacher,
-            logs,
-            progress: Progress::new(end, state.step),
-            saved_at: found.as_ref().map(|_| state.step),
+            record,
+            progress: Progress::new(view, &config, end, state.step, earlier),
+            saved_at: after,
+            trits,
             checkpoint: found,
             clock: (state.seconds, Instant::now()),
             choice: options.device,
@@ -230,16 +263,13 @@ impl<'r> Trainer<'r> {
         };
         trainer.introduce();
         notes.iter().for_each(|note| trainer.say(note));
-        // What is continued with other values is no longer bit for bit one run.
-        if let (Some(saved), Some(_)) = (saved_config, &trainer.checkpoint) {
-            for change in config_file::changes(&saved, &trainer.config) {
-                trainer.say(&format!("changed since the run began: {change}"));
-            }
+        for change in changed {
+            trainer.say(&format!("changed since the run began: {change}"));
         }
         Ok((trainer, model))
     }
 
-    fn introduce(&self) {
+    fn introduce(&mut self) {
         let c = &self.config;
         let from = match &self.checkpoint {
             Some(path) => format!(", going on from {}", path.display()),
@@ -249,7 +279,7 @@ impl<'r> Trainer<'r> {
             1 => String::new(),
             n => format!(", {n} ranks"),
         };
-        self.say(&format!(
+        let line = format!(
             "{}: {:.2}M parameters, steps {}..{} of {} tokens on {}{among}{from}",
             c.name,
             c.model.parameter_count().total() as f64 / 1e6,
@@ -257,24 +287,18 @@ impl<'r> Trainer<'r> {
             self.end,
             c.batch.tokens,
             self.choice,
-        ));
+        );
+        self.say(&line);
         if let Some(teacher) = &self.teacher {
-            self.say(&format!("following the teacher {}", teacher.path().display()));
+            let line = format!("following the teacher {}", teacher.path().display());
+            self.say(&line);
         }
     }
 
     /// Shows a line that stays, once for all ranks.
-    fn say(&self, line: &str) {
+    fn say(&mut self, line: &str) {
         if self.ranks.is_first() {
             self.progress.line(line);
-        }
-    }
-
-    /// Appends to `metrics.jsonl`, on the rank that writes.
-    fn write_metric(&mut self, metric: &Metric) -> Result<(), TrainError> {
-        match &mut self.logs {
-            Some([metrics, _]) => Ok(metrics.write(metric)?),
-            None => Ok(()),
         }
     }
 
@@ -304,7 +328,7 @@ impl<'r> Trainer<'r> {
         }
         let step = self.state.step;
         let seconds = self.seconds();
-        self.write_metric(&Metric::Eval(EvalMetric { step, val_loss, tokens, seconds }))?;
+        self.write(&Metric::Eval(EvalMetric { step, val_loss, tokens, seconds }))?;
         self.state.val_loss = Some(val_loss);
         self.say(&format!("step {step}: validation loss {val_loss:.4} nats per token"));
         Ok(())
@@ -324,11 +348,35 @@ impl<'r> Trainer<'r> {
             let tokenizer = &self.tokenizer;
             let text =
                 evaluate::sample(&model, tokenizer, &config, prompt, context, seed, &device)?;
-            self.say(&format!("step {step}: {prompt:?} → {text:?}"));
-            if let Some([_, samples]) = &mut self.logs {
-                samples.write(&Sample { step, prompt: prompt.clone(), text })?;
+            let sample = Sample { step, prompt: prompt.clone(), text };
+            self.progress.sample(&sample);
+            if let Some(record) = &mut self.record {
+                record.sample(&sample)?;
             }
         }
+        Ok(())
+    }
+
+    /// Counts the quantised weights, where a statistic is due at this step.
+    fn count_weights(&mut self, model: &Transformer) -> Result<(), TrainError> {
+        let (step, every) = (self.state.step, self.config.metrics.weights_every);
+        let last = self.trits.as_ref().map(Trits::step);
+        let end = step == self.config.schedule.steps;
+        if !self.ranks.is_first()
+            || every == 0
+            || last == Some(step)
+            || !(end || step.is_multiple_of(every))
+        {
+            return Ok(());
+        }
+        let Some(trits) = Trits::of(model, step) else {
+            return Ok(());
+        };
+        let layers = trits.shares(self.trits.as_ref());
+        let at = (step, self.state.tokens, self.seconds());
+        let metric = WeightMetric::new(at, last, layers);
+        self.write(&Metric::Weights(metric))?;
+        self.trits = Some(trits);
         Ok(())
     }
 
@@ -352,6 +400,7 @@ impl<'r> Trainer<'r> {
             optimizer: &self.optimizer,
             tokenizer: &self.tokenizer,
             golden: &golden,
+            trits: self.trits.as_ref(),
         };
         let path = checkpoint::save(&self.config.run_dir, self.config.checkpoint.keep, &snapshot)?;
         self.checkpoint = Some(path);
@@ -371,10 +420,13 @@ impl<'r> Trainer<'r> {
         let micro_steps = self.config.batch.micro_steps();
         let mut sum = GradientSum::default();
         let mut loss = 0.0;
+        let mut waited = Duration::ZERO;
         let end = self.config.data.mask_documents.then_some(self.stream.dataset().eos_id());
         let mut stopped = false;
         for micro in 0..micro_steps {
+            let waiting = Instant::now();
             let batch = self.stream.next_batch(self.config.batch.micro_batch)?;
+            waited += waiting.elapsed();
             if micro % self.ranks.size() != self.ranks.rank() {
                 continue;
             }
@@ -414,6 +466,8 @@ impl<'r> Trainer<'r> {
             tokens: self.state.tokens,
             tokens_per_second: tokens as f64 / started.elapsed().as_secs_f64().max(1e-9),
             seconds: self.seconds(),
+            data_seconds: waited.as_secs_f64(),
+            rss_bytes: memory::rss_bytes(),
         };
         Ok((model, Some(metric)))
     }
@@ -437,11 +491,11 @@ impl<'r> Trainer<'r> {
         value
     }
 
-    fn log(&mut self, metric: TrainMetric) -> Result<(), TrainError> {
-        if self.ranks.is_first() {
-            self.progress.step(&metric);
-        }
-        self.write_metric(&Metric::Train(metric))
+    /// Shows and records what was measured, on the rank that writes.
+    fn write(&mut self, metric: &Metric) -> Result<(), TrainError> {
+        let Some(record) = &mut self.record else { return Ok(()) };
+        self.progress.metric(metric);
+        Ok(record.metric(metric)?)
     }
 
     fn interrupted(&mut self, model: &Transformer) -> Result<TrainError, TrainError> {
@@ -469,6 +523,7 @@ impl<'r> Trainer<'r> {
             if self.state.sampled_at != Some(step) {
                 self.sample(model)?;
             }
+            self.count_weights(model)?;
         }
         if self.saved_at == Some(step) {
             self.plot()?;
@@ -491,7 +546,7 @@ impl<'r> Trainer<'r> {
         let metrics = metrics::read(&self.config.run_dir.join("metrics.jsonl"))?;
         let steps = metrics.iter().filter_map(|m| match m {
             Metric::Train(m) => Some(m),
-            Metric::Eval(_) => None,
+            Metric::Eval(_) | Metric::Weights(_) => None,
         });
         let steps: Vec<&TrainMetric> = steps.collect();
         let last = &steps[steps.len().saturating_sub(LAST_STEPS)..];
@@ -517,7 +572,7 @@ impl<'r> Trainer<'r> {
         self.clock.0 + self.clock.1.elapsed().as_secs_f64()
     }
 
-    fn non_finite(&self, what: &'static str, value: f64) -> TrainError {
+    fn non_finite(&mut self, what: &'static str, value: f64) -> TrainError {
         self.progress.finish();
         let step = self.state.step + 1;
         TrainError::NonFinite { what, value, step, checkpoint: self.checkpoint.clone() }
