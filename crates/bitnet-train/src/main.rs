@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error;
+use std::fmt::Display;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,8 +12,9 @@ use bitnet_core::{Exit, ExitError, exit};
 use bitnet_format::json::write_json;
 use bitnet_kernels::Kernels;
 use bitnet_train::device::DeviceChoice;
-use bitnet_train::{RunOptions, Stop, Summary, TrainConfig, TrainError, config_file};
+use bitnet_train::{RunOptions, Stop, TrainConfig, TrainError, config_file};
 use clap::Parser;
+use serde::Serialize;
 
 /// Train a ternary language model.
 ///
@@ -60,6 +62,10 @@ struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 
+    /// Print parameters and the memory that the run will take, and write nothing.
+    #[arg(long)]
+    dry_run: bool,
+
     /// Write the results as JSON to a file; `-`: to standard output.
     #[arg(long, value_name = "FILE")]
     json: Option<String>,
@@ -89,10 +95,15 @@ fn run(args: &Args) -> Result<(), ExitError> {
     }
     let options =
         RunOptions { config, device: args.device, resume: args.resume, until: args.until };
+    let failed = |e| ExitError::new(Exit::Failed, e);
+    if args.dry_run {
+        let plan = bitnet_train::plan::dry_run(&options).map_err(coded)?;
+        return report(&plan, args.json.as_deref()).map_err(failed);
+    }
     let stop = Stop::default();
     on_interrupt(stop.clone())?;
     let summary = bitnet_train::run(&options, &stop).map_err(coded)?;
-    report(&summary, args.json.as_deref()).map_err(|e| ExitError::new(Exit::Failed, e))
+    report(&summary, args.json.as_deref()).map_err(failed)
 }
 
 fn coded(error: TrainError) -> ExitError {
@@ -144,7 +155,7 @@ fn on_interrupt(stop: Stop) -> Result<(), ExitError> {
 }
 
 /// The table goes to standard output, unless the JSON does.
-fn report(summary: &Summary, json: Option<&str>) -> std::io::Result<()> {
+fn report(summary: &(impl Display + Serialize), json: Option<&str>) -> std::io::Result<()> {
     if json == Some("-") {
         eprintln!("{summary}");
     } else {

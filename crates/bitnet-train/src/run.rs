@@ -23,7 +23,7 @@ use crate::metrics::{self, EvalMetric, Log, Metric, Sample, TrainMetric};
 use crate::model::Transformer;
 use crate::optim::{GradientSum, Optimizer};
 use crate::progress::{Progress, duration};
-use crate::{TrainError, config_file, evaluate, memory, ops, plot, recompute};
+use crate::{TrainError, config_file, evaluate, memory, ops, plan, plot, recompute};
 
 /// Steps over which a run's final training loss is averaged.
 const LAST_STEPS: usize = 100;
@@ -140,13 +140,14 @@ struct Trainer {
 impl Trainer {
     /// Checks everything, then makes or resumes the run.
     fn open(options: &RunOptions) -> Result<(Self, Transformer), TrainError> {
-        let config = options.config.clone();
+        let mut config = options.config.clone();
         config.validate()?;
         let train = Dataset::open(&config.data.dir, Split::Train)?;
         let validation = Dataset::open(&config.data.dir, Split::Validation)?;
         let tokenizer = train.tokenizer()?;
         check_data(&config, &train, &validation, &tokenizer)?;
         let device = options.device.open()?.autodiff();
+        let planned = plan::resolve(&mut config, options, &train, &validation)?;
         let run_dir = &config.run_dir;
         let _lock = lock(run_dir)?;
         let found = find_checkpoint(run_dir, options.resume)?;
@@ -189,6 +190,14 @@ impl Trainer {
             _lock,
         };
         trainer.introduce();
+        if let Some(plan) = planned {
+            trainer.progress.line(&format!(
+                "batch.micro_batch = {}: the greatest that fits, {} of {}",
+                plan.micro_batch,
+                plan::readable(plan.predicted_peak_bytes),
+                plan::readable(plan.available_bytes.unwrap_or_default()),
+            ));
+        }
         // What is continued with other values is no longer bit for bit one run.
         if let (Some(saved), Some(_)) = (saved_config, &trainer.checkpoint) {
             for change in config_file::changes(&saved, &trainer.config) {
@@ -453,7 +462,7 @@ impl std::fmt::Display for Summary {
 }
 
 /// What can only be checked against the data.
-fn check_data(
+pub(crate) fn check_data(
     config: &TrainConfig,
     train: &Dataset,
     validation: &Dataset,
