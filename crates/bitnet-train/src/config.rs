@@ -1,10 +1,12 @@
 //! The configuration of a run: complete plain data, checked by one pure function
 //! and saved with the run before anything else happens.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use bitnet_core::ModelConfig;
-use serde::{Deserialize, Serialize};
+use serde::de::{self, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::TrainError;
 use crate::distill::DistillConfig;
@@ -76,12 +78,41 @@ pub struct BatchConfig {
     pub tokens: usize,
     /// Tokens of a sequence, T.
     pub sequence: usize,
-    /// Sequences that go through the model at once, B.
+    /// Sequences that go through the model at once, B; 0 or "auto": as many as fit
+    /// the memory that is free, see [`crate::plan`].
+    #[serde(deserialize_with = "number_or_auto")]
     pub micro_batch: usize,
     /// Keep the inputs of the blocks alone and run each block again in the backward
     /// pass: about a third more work, far less memory, the same gradients.
     #[serde(default)]
     pub recompute: bool,
+}
+
+/// A number, or "auto", which is 0.
+fn number_or_auto<'de, D: Deserializer<'de>>(from: D) -> Result<usize, D::Error> {
+    struct Auto;
+
+    impl Visitor<'_> for Auto {
+        type Value = usize;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a number of sequences or \"auto\"")
+        }
+
+        fn visit_i64<E: de::Error>(self, v: i64) -> Result<usize, E> {
+            usize::try_from(v).map_err(|_| E::invalid_value(Unexpected::Signed(v), &self))
+        }
+
+        fn visit_u64<E: de::Error>(self, v: u64) -> Result<usize, E> {
+            usize::try_from(v).map_err(|_| E::invalid_value(Unexpected::Unsigned(v), &self))
+        }
+
+        fn visit_str<E: de::Error>(self, v: &str) -> Result<usize, E> {
+            if v == "auto" { Ok(0) } else { Err(E::invalid_value(Unexpected::Str(v), &self)) }
+        }
+    }
+
+    from.deserialize_any(Auto)
 }
 
 impl BatchConfig {
@@ -183,11 +214,7 @@ impl TrainConfig {
 
     fn validate_batch(&self) -> Result<(), TrainError> {
         let b = &self.batch;
-        for (key, v) in [
-            ("batch.tokens", b.tokens),
-            ("batch.sequence", b.sequence),
-            ("batch.micro_batch", b.micro_batch),
-        ] {
+        for (key, v) in [("batch.tokens", b.tokens), ("batch.sequence", b.sequence)] {
             if v == 0 {
                 return Err(TrainError::value(key, 0, "must be at least 1"));
             }
@@ -197,11 +224,13 @@ impl TrainConfig {
             let reason = format!("is longer than model.max_position_embeddings = {context}");
             return Err(TrainError::value("batch.sequence", b.sequence, reason));
         }
-        let micro = b.sequence.checked_mul(b.micro_batch);
+        // An automatic one is a divisor, which 1 always is.
+        let micro = b.sequence.checked_mul(b.micro_batch.max(1));
         if micro.is_none_or(|micro| !b.tokens.is_multiple_of(micro)) {
             let reason = format!(
                 "is not a multiple of batch.sequence · batch.micro_batch = {} · {}",
-                b.sequence, b.micro_batch
+                b.sequence,
+                b.micro_batch.max(1)
             );
             return Err(TrainError::value("batch.tokens", b.tokens, reason));
         }
@@ -259,7 +288,6 @@ pub(crate) mod tests {
             (|c| c.name = "a/b".into(), "name = \"a/b\": must be letters"),
             (|c| c.model.hidden_size = 66, "model.hidden_size = 66: "),
             (|c| c.batch.tokens = 0, "batch.tokens = 0: "),
-            (|c| c.batch.micro_batch = 0, "batch.micro_batch = 0: "),
             (
                 |c| c.batch.sequence = 256,
                 "batch.sequence = 256: is longer than model.max_position_embeddings = 128",
@@ -284,6 +312,11 @@ pub(crate) mod tests {
         let good = small(std::path::Path::new("x"));
         good.validate().unwrap();
         assert_eq!(good.batch.micro_steps(), 2);
+        let mut auto = good.clone();
+        auto.batch.micro_batch = 0;
+        auto.validate().unwrap();
+        auto.batch.tokens = 33;
+        assert!(auto.validate().is_err());
         for (spoil, message) in cases {
             let mut config = good.clone();
             spoil(&mut config);

@@ -241,6 +241,8 @@ mod tests {
         let path = write(dir.path(), &to_toml(&config).unwrap());
         let set = |text: &str| load(&path, &[text.to_owned()]);
         assert_eq!(set("batch.tokens = 64").unwrap().batch.tokens, 64);
+        assert_eq!(set("batch.micro_batch=auto").unwrap().batch.micro_batch, 0);
+        assert_eq!(set("batch.micro_batch=4").unwrap().batch.micro_batch, 4);
         assert_eq!(set("name=x").unwrap().name, "x");
         assert_eq!(set("schedule.lr=1").unwrap().schedule.lr, 1.0);
         assert_eq!(set("sample.prompts=[\"a\", \"b\"]").unwrap().sample.prompts, ["a", "b"]);
@@ -258,6 +260,7 @@ mod tests {
             ("batch.token=1", "unknown field `token`"),
             ("batch=1", "`batch` is a table"),
             ("seed.x=1", "`seed` is no table"),
+            ("batch.micro_batch=some", "string \"some\", expected a number of sequences or"),
             ("batch.tokens=many", "invalid type: string \"many\""),
         ];
         for (text, message) in cases {

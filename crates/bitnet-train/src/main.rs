@@ -5,6 +5,7 @@
 mod commands;
 
 use std::error::Error;
+use std::fmt::Display;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -14,8 +15,9 @@ use bitnet_format::json::write_json;
 use bitnet_kernels::Kernels;
 use bitnet_train::device::DeviceChoice;
 use bitnet_train::progress::{Notices, View, notice, restore_terminal};
-use bitnet_train::{Ranks, RunOptions, Stop, Summary, TrainConfig, TrainError, config_file};
+use bitnet_train::{Ranks, RunOptions, Stop, TrainConfig, TrainError, config_file};
 use clap::{Parser, Subcommand};
+use serde::Serialize;
 
 /// Train a ternary language model.
 ///
@@ -66,6 +68,10 @@ struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
 
+    /// Print parameters and the memory that the run will take, and write nothing.
+    #[arg(long)]
+    dry_run: bool,
+
     /// Write the results as JSON to a file; `-`: to standard output.
     #[arg(long, value_name = "FILE")]
     json: Option<String>,
@@ -113,6 +119,11 @@ fn train(args: &Args) -> Result<(), ExitError> {
     set_threads(args.threads)?;
     let options =
         RunOptions { config, device: args.device, resume: args.resume, until: args.until };
+    let failed = |e| ExitError::new(Exit::Failed, e);
+    if args.dry_run {
+        let plan = bitnet_train::plan::dry_run(&options).map_err(coded)?;
+        return report(&plan, args.json.as_deref()).map_err(failed);
+    }
     let view = if args.plain { View::Plain } else { View::Auto };
     let stop = on_interrupt()?;
     let ranks = Ranks::open().map_err(coded)?;
@@ -128,7 +139,7 @@ fn train(args: &Args) -> Result<(), ExitError> {
     if !ranks.is_first() {
         return Ok(());
     }
-    report(&summary, args.json.as_deref()).map_err(|e| ExitError::new(Exit::Failed, e))
+    report(&summary, args.json.as_deref()).map_err(failed)
 }
 
 fn coded(error: TrainError) -> ExitError {
@@ -191,7 +202,7 @@ fn on_interrupt() -> Result<Stop, ExitError> {
 }
 
 /// The table goes to standard output, unless the JSON does.
-fn report(summary: &Summary, json: Option<&str>) -> std::io::Result<()> {
+fn report(summary: &(impl Display + Serialize), json: Option<&str>) -> std::io::Result<()> {
     if json == Some("-") {
         eprintln!("{summary}");
     } else {

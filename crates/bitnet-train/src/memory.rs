@@ -1,23 +1,54 @@
-//! How much memory the process has used.
+//! How much memory the process uses and the system has; where the system does
+//! not say, none (Linux does).
 
 use std::fs;
 
-/// The most memory that was resident at any time, in bytes; none where the
-/// system does not say (it does on Linux).
+/// The most memory that was resident at any time, in bytes.
 #[must_use]
 pub fn peak_rss_bytes() -> Option<u64> {
-    status_bytes("VmHWM:")
+    field("/proc/self/status", "VmHWM:")
 }
 
-/// The memory that is resident now, in bytes; none where the system does not say.
+/// The memory that is resident now, in bytes.
 #[must_use]
 pub fn rss_bytes() -> Option<u64> {
-    status_bytes("VmRSS:")
+    field("/proc/self/status", "VmRSS:")
 }
 
-fn status_bytes(key: &str) -> Option<u64> {
-    let status = fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|l| l.strip_prefix(key))?;
+/// The memory that new allocations can have without swapping, in bytes.
+#[must_use]
+pub fn available_bytes() -> Option<u64> {
+    field("/proc/meminfo", "MemAvailable:")
+}
+
+/// What the process holds however small its model is, in bytes: what it has
+/// allocated so far, and its code, which becomes resident as it runs.
+#[must_use]
+pub fn program_bytes() -> Option<u64> {
+    let allocated = field("/proc/self/status", "RssAnon:")?;
+    let file = field("/proc/self/status", "RssFile:")?;
+    Some(allocated + file.max(code_bytes().unwrap_or(0)))
+}
+
+/// The code that is mapped from the program's own file, in bytes.
+fn code_bytes() -> Option<u64> {
+    let program = fs::read_link("/proc/self/exe").ok()?;
+    let maps = fs::read_to_string("/proc/self/maps").ok()?;
+    let length = |line: &str| {
+        // `start-end r-xp offset device inode path`
+        let mut words = line.split_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let executable = words.next()? == "r-xp" && line.ends_with(program.to_str()?);
+        let address = |text| u64::from_str_radix(text, 16).ok();
+        executable.then_some(address(end)?.checked_sub(address(start)?)?)
+    };
+    Some(maps.lines().filter_map(length).sum())
+}
+
+/// A line `name   123 kB` of a file, in bytes.
+fn field(path: &str, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kib.checked_mul(1024)
 }
@@ -30,9 +61,13 @@ mod tests {
     fn it_grows_with_what_is_held() {
         let before = peak_rss_bytes().unwrap();
         let held = vec![1u8; 64 << 20];
-        let after = peak_rss_bytes().unwrap();
+        let (now, after) = (rss_bytes().unwrap(), peak_rss_bytes().unwrap());
         assert!(held.iter().all(|&x| x == 1));
         assert!(after >= before && after >= 64 << 20, "{before} {after}");
-        assert!(rss_bytes().unwrap() >= 64 << 20);
+        assert!(now >= 64 << 20 && now <= peak_rss_bytes().unwrap(), "{now}");
+        assert!(available_bytes().unwrap() > 0);
+        let code = code_bytes().unwrap();
+        assert!(code > 100_000, "{code}");
+        assert!(program_bytes().unwrap() >= held.len() as u64 + code);
     }
 }

@@ -29,7 +29,9 @@ use crate::record::Recorder;
 use crate::run_info::{Data, RunInfo, Start};
 use crate::stage::Stage;
 use crate::weights::Trits;
-use crate::{TrainError, config_file, distill, evaluate, memory, ops, plot, recompute, start};
+use crate::{
+    TrainError, config_file, distill, evaluate, memory, ops, plan, plot, recompute, start,
+};
 
 /// Steps over which a run's final training loss is averaged.
 const LAST_STEPS: usize = 100;
@@ -170,13 +172,14 @@ impl<'r> Trainer<'r> {
         ranks: &'r Ranks,
         view: View,
     ) -> Result<(Self, Transformer), TrainError> {
-        let config = options.config.clone();
+        let mut config = options.config.clone();
         config.validate()?;
         let train = Dataset::open(&config.data.dir, Split::Train)?;
         let validation = Dataset::open(&config.data.dir, Split::Validation)?;
         let tokenizer = train.tokenizer()?;
         check_data(&config, &train, &validation, &tokenizer)?;
         let device = options.device.open()?.autodiff();
+        let planned = plan::resolve(&mut config, options, &train, &validation)?;
         let run_dir = &config.run_dir;
         ranks.check(config.batch.micro_steps())?;
         let _lock = ranks.is_first().then(|| lock(run_dir)).transpose()?;
@@ -262,6 +265,14 @@ impl<'r> Trainer<'r> {
             _lock,
         };
         trainer.introduce();
+        if let Some(plan) = planned {
+            trainer.say(&format!(
+                "batch.micro_batch = {}: the greatest that fits, {} of {}",
+                plan.micro_batch,
+                plan::readable(plan.predicted_peak_bytes),
+                plan::readable(plan.available_bytes.unwrap_or_default()),
+            ));
+        }
         notes.iter().for_each(|note| trainer.say(note));
         for change in changed {
             trainer.say(&format!("changed since the run began: {change}"));
@@ -600,7 +611,7 @@ impl std::fmt::Display for Summary {
 }
 
 /// What can only be checked against the data.
-fn check_data(
+pub(crate) fn check_data(
     config: &TrainConfig,
     train: &Dataset,
     validation: &Dataset,
