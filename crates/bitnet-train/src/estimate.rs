@@ -4,14 +4,16 @@
 //! It describes the CPU device. Every line stands for an allocation in
 //! [`crate::ops`], [`crate::optim`] or [`crate::recompute`]; who changes what an
 //! operation saves for its backward pass changes its line here.
-//! `experiments/0005-memory` compares the result with measured peaks.
+//! `experiments/0005-memory` compares the result with measured peaks. A teacher's
+//! weights and activations are not in it: its shape is in its own folder.
 
 use bitnet_core::names::{Linear, Norm};
-use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
+use bitnet_core::{ActivationQuantizer, Dtype, Layout, ModelConfig, WeightQuantizer};
 use bitnet_kernels::QuantizedTokens;
 use serde::Serialize;
 
 use crate::config::TrainConfig;
+use crate::ops::LinearRecipe;
 use crate::optim::OptimizerKind;
 
 /// Bytes by what they are for, at one moment.
@@ -126,8 +128,17 @@ impl<'c> Walk<'c> {
         }
     }
 
-    fn ternary(&self) -> bool {
-        self.model.weight_quantizer == WeightQuantizer::Ternary
+    /// How a linear layer multiplies: what it saves depends on it.
+    fn recipe(&self, which: Linear) -> LinearRecipe {
+        let blends = self.config.quantization.blend > 0.0;
+        let recipe = LinearRecipe::new(self.model, which);
+        // While it is blended in, the quantised form is one of floats.
+        LinearRecipe { blend: if blends { 0.5 } else { 1.0 }, ..recipe }
+    }
+
+    /// Whether a linear layer saves its input as it is.
+    fn keeps_input(&self, which: Linear) -> bool {
+        self.recipe(which).activations == ActivationQuantizer::None
     }
 
     /// A matrix of activations `[N, width]`.
@@ -300,13 +311,19 @@ impl<'c> Walk<'c> {
         }
     }
 
-    /// int8 activations and packed weights of a linear layer; the float twin saves
-    /// its input as it is.
+    /// int8 activations and packed weights of a linear layer, or both as floats; the
+    /// float twin saves its input as it is.
     fn saved_by(&self, which: Linear) -> u64 {
-        if !self.ternary() {
+        let [rows, cols] = which.shape(self.model);
+        let recipe = self.recipe(which);
+        if recipe.is_float() {
             return 0;
         }
-        let [rows, cols] = which.shape(self.model);
+        if !recipe.is_integer() {
+            let tokens = if self.keeps_input(which) { 0 } else { self.rows(cols as u64) };
+            let weights = recipe.weights.quantizer != WeightQuantizer::None;
+            return tokens + if weights { F32 * (rows * cols) as u64 } else { 0 };
+        }
         // A scale and a sum for each token.
         let tokens = self.n * (QuantizedTokens::stride(cols) as u64 + 8);
         tokens + (rows * Layout::P2.row_bytes(cols)) as u64
@@ -317,11 +334,12 @@ impl<'c> Walk<'c> {
     fn linear_backward(&self, l: &mut Ledger, which: Linear) {
         let [rows, cols] = which.shape(self.model).map(|x| x as u64);
         let weight = F32 * rows * cols;
-        let quantised = if self.ternary() { weight } else { 0 };
+        let integers = self.recipe(which).is_integer();
+        let quantised = if integers { weight } else { 0 };
         l.hold(ACTIVATIONS, quantised);
         l.hold(ACTIVATIONS, self.rows(cols));
         l.free(ACTIVATIONS, quantised);
-        let quantised = if self.ternary() { self.rows(cols) } else { 0 };
+        let quantised = if integers { self.rows(cols) } else { 0 };
         l.hold(ACTIVATIONS, quantised);
         l.hold(GRADIENTS, weight);
         l.free(ACTIVATIONS, quantised);
@@ -339,14 +357,14 @@ impl<'c> Walk<'c> {
             l.free(ACTIVATIONS, normed + self.rows(width));
             return;
         }
-        let saved = self.projection_saved(width);
+        let saved = self.projection_saved(which, width);
         l.free(ACTIVATIONS, normed + self.rows(width) - saved);
     }
 
     /// f32 that norm and projection save.
-    fn projection_saved(&self, width: u64) -> u64 {
+    fn projection_saved(&self, which: Linear, width: u64) -> u64 {
         let norm = u64::from(self.model.sub_norms);
-        let linear = u64::from(!self.ternary());
+        let linear = u64::from(self.keeps_input(which));
         self.rows(width) * (norm + linear)
     }
 
@@ -363,7 +381,7 @@ impl<'c> Walk<'c> {
         for which in [Linear::Q, Linear::K, Linear::V] {
             self.linear(l, which, tracked);
         }
-        if self.ternary() || !tracked {
+        if !self.keeps_input(Linear::Q) || !tracked {
             l.free(ACTIVATIONS, hidden);
         }
         // The heads one by one, then together.
@@ -380,7 +398,7 @@ impl<'c> Walk<'c> {
         for which in [Linear::Gate, Linear::Up] {
             self.linear(l, which, tracked);
         }
-        if self.ternary() || !tracked {
+        if !self.keeps_input(Linear::Gate) || !tracked {
             l.free(ACTIVATIONS, hidden);
         }
         l.hold(ACTIVATIONS, self.rows(self.f));
@@ -398,10 +416,10 @@ impl<'c> Walk<'c> {
     fn block_backward(&self, l: &mut Ledger) {
         let hidden = self.rows(self.d);
         let (gate, qkv) = (2 * self.rows(self.f), self.rows(self.q + 2 * self.kv));
-        let input = if self.ternary() { 0 } else { hidden };
+        let input = if self.keeps_input(Linear::Q) { hidden } else { 0 };
         // The residual stream keeps the gradient that the branch takes, too.
         self.linear_backward(l, Linear::Down);
-        self.projection_backward(l, self.f);
+        self.projection_backward(l, Linear::Down, self.f);
         l.hold(ACTIVATIONS, gate);
         l.free(ACTIVATIONS, self.rows(self.f) + gate);
         for which in [Linear::Up, Linear::Gate] {
@@ -414,7 +432,7 @@ impl<'c> Walk<'c> {
         l.free(ACTIVATIONS, 2 * hidden);
 
         self.linear_backward(l, Linear::O);
-        self.projection_backward(l, self.q);
+        self.projection_backward(l, Linear::O, self.q);
         l.hold(ACTIVATIONS, 2 * qkv);
         l.free(ACTIVATIONS, qkv + self.rows(self.q) + qkv);
         for (which, width) in [(Linear::V, self.kv), (Linear::K, self.kv), (Linear::Q, self.q)] {
@@ -429,11 +447,11 @@ impl<'c> Walk<'c> {
 
     /// The gradient of a projection's input becomes that of the norm's input; what
     /// both saved is freed.
-    fn projection_backward(&self, l: &mut Ledger, width: u64) {
+    fn projection_backward(&self, l: &mut Ledger, which: Linear, width: u64) {
         if self.model.sub_norms {
             l.briefly(ACTIVATIONS, self.rows(width));
         }
-        l.free(ACTIVATIONS, self.projection_saved(width));
+        l.free(ACTIVATIONS, self.projection_saved(which, width));
     }
 
     /// The last norm and the cross-entropy, which computes its gradients at once;

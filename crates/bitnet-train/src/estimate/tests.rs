@@ -1,12 +1,16 @@
+use bitnet_core::quantizer::ActivationRecipe;
+
 use super::*;
 use crate::config::tests::small;
 
 /// Every combination of what the walk distinguishes.
 fn configs() -> Vec<TrainConfig> {
     let mut all = Vec::new();
-    for bits in 0..128 {
+    let activations = [ActivationRecipe::Int8, ActivationRecipe::A48, ActivationRecipe::None];
+    for (bits, activations) in (0..128).flat_map(|b| activations.map(|a| (b, a))) {
         let bit = |i: u32| bits >> i & 1 == 1;
         let mut config = small(std::path::Path::new("x"));
+        config.model.recipe.activations = activations;
         config.model.tie_word_embeddings = bit(0);
         config.model.sub_norms = bit(1);
         if bit(2) {

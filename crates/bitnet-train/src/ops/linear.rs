@@ -36,13 +36,13 @@ impl LinearRecipe {
     }
 
     /// Nothing is quantised.
-    fn is_float(&self) -> bool {
+    pub(crate) fn is_float(&self) -> bool {
         let none = self.weights.quantizer == WeightQuantizer::None;
         self.blend == 0.0 || none && self.activations == ActivationQuantizer::None
     }
 
     /// Integers are multiplied and one scale applied: what the engine computes.
-    fn is_integer(&self) -> bool {
+    pub(crate) fn is_integer(&self) -> bool {
         self.blend == 1.0
             && self.weights.quantizer != WeightQuantizer::None
             && self.weights.granularity == Granularity::Tensor
