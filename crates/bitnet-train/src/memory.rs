@@ -2,6 +2,7 @@
 //! not say, none (Linux does).
 
 use std::fs;
+use std::path::Path;
 
 /// The most memory that was resident at any time, in bytes.
 #[must_use]
@@ -15,10 +16,35 @@ pub fn rss_bytes() -> Option<u64> {
     field("/proc/self/status", "VmRSS:")
 }
 
-/// The memory that new allocations can have without swapping, in bytes.
+/// The memory that new allocations can have without swapping, in bytes: of the
+/// system, or what is left of a container's or a job's limit if that is less.
 #[must_use]
 pub fn available_bytes() -> Option<u64> {
-    field("/proc/meminfo", "MemAvailable:")
+    let system = field("/proc/meminfo", "MemAvailable:")?;
+    let group = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    // Version 2 has one line, `0::/path`.
+    let path = group.lines().find_map(|l| l.strip_prefix("0::/")).unwrap_or("");
+    let limit = control_group_bytes(Path::new("/sys/fs/cgroup"), Path::new(path));
+    Some(limit.map_or(system, |limit| limit.min(system)))
+}
+
+/// What is left of the memory limits of a control group (version 2) and those it
+/// lies in; none where there is no limit.
+fn control_group_bytes(root: &Path, path: &Path) -> Option<u64> {
+    let left = |group: &Path| {
+        let number = |file: &str| -> Option<u64> {
+            fs::read_to_string(root.join(group).join(file)).ok()?.trim().parse().ok()
+        };
+        // Without a limit it says `max`.
+        let limit = number("memory.max")?;
+        let used = number("memory.current")?;
+        let stat = fs::read_to_string(root.join(group).join("memory.stat")).unwrap_or_default();
+        // Cached files count as used, but give way.
+        let cached = stat.lines().find_map(|l| l.strip_prefix("inactive_file "));
+        let cached = cached.and_then(|n| n.trim().parse().ok()).unwrap_or(0);
+        Some(limit.saturating_sub(used.saturating_sub(cached)))
+    };
+    path.ancestors().filter_map(left).min()
 }
 
 /// What the process holds however small its model is, in bytes: what it has
@@ -56,6 +82,29 @@ fn field(path: &str, name: &str) -> Option<u64> {
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_tightest_control_group_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let path = Path::new("job/step");
+        let write = |group: &str, file: &str, text: &str| {
+            fs::create_dir_all(root.path().join(group)).unwrap();
+            fs::write(root.path().join(group).join(file), text).unwrap();
+        };
+        assert_eq!(control_group_bytes(root.path(), path), None);
+        write("job/step", "memory.max", "max\n");
+        write("job/step", "memory.current", "500\n");
+        assert_eq!(control_group_bytes(root.path(), path), None);
+        write("job", "memory.max", "1000\n");
+        write("job", "memory.current", "600\n");
+        assert_eq!(control_group_bytes(root.path(), path), Some(400));
+        write("job", "memory.stat", "anon 500\ninactive_file 90\n");
+        assert_eq!(control_group_bytes(root.path(), path), Some(490));
+        write("job/step", "memory.max", "700\n");
+        assert_eq!(control_group_bytes(root.path(), path), Some(200));
+        write("job/step", "memory.max", "100\n");
+        assert_eq!(control_group_bytes(root.path(), path), Some(0));
+    }
 
     #[test]
     fn it_grows_with_what_is_held() {
