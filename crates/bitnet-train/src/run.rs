@@ -29,7 +29,7 @@ use crate::weights::Trits;
 use crate::{TrainError, config_file, evaluate, memory, plot};
 
 /// Steps over which a run's final training loss is averaged.
-const LAST_STEPS: usize = 100;
+pub(crate) const LAST_STEPS: usize = 100;
 
 /// What to run, and how.
 #[derive(Debug, Clone)]

@@ -339,7 +339,7 @@ mod tests {
     fn the_figures_are_on_the_screen() {
         let screen = text(&full(), 120, 36);
         for part in [
-            "small  0.15M parameters",
+            "small  0.11M parameters",
             "step 50/100",
             "loss                3.2500",
             "validation          3.5625",
@@ -377,7 +377,7 @@ mod tests {
             }
         }
         assert!(text(&empty, 80, 24).contains("no step yet"));
-        assert!(text(&full(), 80, 24).contains("(1 more layers)"), "{}", text(&full(), 80, 24));
+        assert!(text(&full(), 80, 20).contains("(2 more layers)"), "{}", text(&full(), 80, 20));
         assert!(text(&full(), 50, 15).contains("3.5625"));
     }
 
