@@ -340,6 +340,7 @@ impl Trainer {
         let mut loss = 0.0;
         let mut waited = Duration::ZERO;
         for _ in 0..micro_steps {
+            self.progress.tick();
             if stop.requested() {
                 self.stream = before;
                 return Ok((model, None));
