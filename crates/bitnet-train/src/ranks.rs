@@ -9,7 +9,8 @@ use crate::TrainError;
 /// The processes of a run, seen from one of them.
 pub struct Ranks {
     #[cfg(feature = "mpi")]
-    universe: mpi::environment::Universe,
+    /// None: this process alone, whatever launched it.
+    universe: Option<mpi::environment::Universe>,
 }
 
 impl std::fmt::Debug for Ranks {
@@ -19,26 +20,23 @@ impl std::fmt::Debug for Ranks {
 }
 
 /// Variables in which launchers say how many processes they started.
-#[cfg(not(feature = "mpi"))]
 const LAUNCHERS: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"];
 
 #[cfg(not(feature = "mpi"))]
 impl Ranks {
-    /// This process alone.
+    /// This process, the only one.
     ///
     /// # Errors
     /// A launcher that started several, which this build could not join.
     pub fn open() -> Result<Self, TrainError> {
-        for name in LAUNCHERS {
-            let count = std::env::var(name).ok().and_then(|v| v.parse::<usize>().ok());
-            if let Some(count) = count.filter(|n| *n > 1) {
-                return Err(TrainError::Ranks(format!(
-                    "{count} processes were launched ({name}), and this program was built for \
-                     one; build with: cargo build --release -p bitnet-train --features mpi"
-                )));
-            }
-        }
-        Ok(Self {})
+        Self::alone(
+            "this program was built for one process; build with: cargo build --release -p \
+             bitnet-train --features mpi",
+        )
+    }
+
+    fn single() -> Self {
+        Self {}
     }
 
     /// This process's number.
@@ -74,6 +72,7 @@ impl Ranks {
 #[cfg(feature = "mpi")]
 mod over_mpi {
     use mpi::collective::SystemOperation;
+    use mpi::topology::SimpleCommunicator;
     use mpi::traits::{Communicator, CommunicatorCollectives, Root};
 
     use super::Ranks;
@@ -86,19 +85,27 @@ mod over_mpi {
         /// An MPI that cannot be initialised.
         pub fn open() -> Result<Self, TrainError> {
             let failed = || TrainError::Ranks("MPI cannot be initialised".into());
-            Ok(Self { universe: mpi::initialize().ok_or_else(failed)? })
+            Ok(Self { universe: Some(mpi::initialize().ok_or_else(failed)?) })
+        }
+
+        pub(super) fn single() -> Self {
+            Self { universe: None }
+        }
+
+        fn world(&self) -> Option<SimpleCommunicator> {
+            self.universe.as_ref().map(mpi::environment::Universe::world)
         }
 
         /// This process's number.
         #[must_use]
         pub fn rank(&self) -> usize {
-            usize::try_from(self.universe.world().rank()).unwrap_or(0)
+            self.world().and_then(|w| usize::try_from(w.rank()).ok()).unwrap_or(0)
         }
 
         /// How many there are.
         #[must_use]
         pub fn size(&self) -> usize {
-            usize::try_from(self.universe.world().size()).unwrap_or(1)
+            self.world().and_then(|w| usize::try_from(w.size()).ok()).unwrap_or(1)
         }
 
         /// Adds up the values of all ranks, element by element: on rank 0, and then
@@ -106,10 +113,7 @@ mod over_mpi {
         pub fn sum(&self, values: &mut [f32]) {
             /// Elements sent at once: MPI counts in 32 bits.
             const CHUNK: usize = 1 << 24;
-            if self.size() == 1 {
-                return;
-            }
-            let world = self.universe.world();
+            let Some(world) = self.world().filter(|w| w.size() > 1) else { return };
             let root = world.process_at_rank(0);
             for values in values.chunks_mut(CHUNK) {
                 if world.rank() == 0 {
@@ -126,10 +130,7 @@ mod over_mpi {
         /// Adds up one number of all ranks.
         #[must_use]
         pub fn sum_f64(&self, value: f64) -> f64 {
-            if self.size() == 1 {
-                return value;
-            }
-            let world = self.universe.world();
+            let Some(world) = self.world().filter(|w| w.size() > 1) else { return value };
             let root = world.process_at_rank(0);
             let mut total = 0.0;
             if world.rank() == 0 {
@@ -143,20 +144,37 @@ mod over_mpi {
 
         /// Waits for all ranks.
         pub fn barrier(&self) {
-            self.universe.world().barrier();
+            if let Some(world) = self.world() {
+                world.barrier();
+            }
         }
 
         /// Ends all ranks with an exit code.
         pub fn abort(&self, code: u8) -> ! {
-            if self.size() == 1 {
-                std::process::exit(code.into());
+            match self.world() {
+                Some(world) => world.abort(code.into()),
+                None => std::process::exit(code.into()),
             }
-            self.universe.world().abort(code.into())
         }
     }
 }
 
 impl Ranks {
+    /// This process alone, for what several could not share.
+    ///
+    /// # Errors
+    /// A launcher that started several, with `why` they cannot be.
+    pub fn alone(why: &str) -> Result<Self, TrainError> {
+        for name in LAUNCHERS {
+            let count = std::env::var(name).ok().and_then(|v| v.parse::<usize>().ok());
+            if let Some(count) = count.filter(|n| *n > 1) {
+                let what = format!("{count} processes were launched ({name}), and {why}");
+                return Err(TrainError::Ranks(what));
+            }
+        }
+        Ok(Self::single())
+    }
+
     /// Whether this is the rank that writes.
     #[must_use]
     pub fn is_first(&self) -> bool {

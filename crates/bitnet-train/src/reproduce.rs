@@ -97,7 +97,7 @@ pub fn reproduce(request: &Request, stop: &Stop, view: View) -> Result<Compariso
         eprintln!("warning: {warning}");
     }
     let options = RunOptions { config, device, resume: false, until: Some(until) };
-    run_on(&Ranks::open()?, &options, stop, view)?;
+    run_on(&Ranks::alone("a run is reproduced in one")?, &options, stop, view)?;
     let file = |folder: &Path| metrics::read(&folder.join("metrics.jsonl"));
     let (a, b) = (values(&file(&request.run)?, until), values(&file(&request.into)?, until));
     Ok(compare(&a, &b, warnings))

@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// Steps over which a run's final training loss is averaged.
-const LAST_STEPS: usize = 100;
+pub(crate) const LAST_STEPS: usize = 100;
 
 /// What to run, and how.
 #[derive(Debug, Clone)]
@@ -179,6 +179,10 @@ impl<'r> Trainer<'r> {
         let tokenizer = train.tokenizer()?;
         check_data(&config, &train, &validation, &tokenizer)?;
         let device = options.device.open()?.autodiff();
+        if ranks.size() > 1 && config.batch.micro_batch == 0 {
+            let what = "batch.micro_batch = \"auto\" knows one process; give a number";
+            return Err(TrainError::Ranks(what.into()));
+        }
         let planned = plan::resolve(&mut config, options, &train, &validation)?;
         let run_dir = &config.run_dir;
         ranks.check(config.batch.micro_steps())?;
@@ -435,6 +439,7 @@ impl<'r> Trainer<'r> {
         let end = self.config.data.mask_documents.then_some(self.stream.dataset().eos_id());
         let mut stopped = false;
         for micro in 0..micro_steps {
+            self.progress.tick();
             let waiting = Instant::now();
             let batch = self.stream.next_batch(self.config.batch.micro_batch)?;
             waited += waiting.elapsed();

@@ -239,7 +239,13 @@ fn one(
         }
     }
     let options = RunOptions { config: config.clone(), device, resume: true, until: None };
-    run_on(&Ranks::open()?, &options, stop, view).map(|_| ())
+    run_on(
+        &Ranks::alone("a sweep trains its runs one after the other in one")?,
+        &options,
+        stop,
+        view,
+    )
+    .map(|_| ())
 }
 
 fn panic_text(panic: &(dyn Any + Send)) -> &str {
@@ -364,7 +370,7 @@ mod tests {
         assert_eq!(all[1].overrides, ["schedule.lr=1e-3", "seed=2"]);
         let all = grid(&strings(&["sample.prompts=[\"a, b\", \"c\"],[]"])).unwrap();
         assert_eq!(all[0].overrides, ["sample.prompts=[\"a, b\", \"c\"]"]);
-        assert_eq!(all[0].name, "prompts-_a__b___c_");
+        assert_eq!(all[0].name, "prompts-_a__b__c_");
         let all = grid(&strings(&["seed=1", "data.seed=2"])).unwrap();
         assert_eq!(all[0].name, "seed-1_seed-2");
         for (bad, message) in [

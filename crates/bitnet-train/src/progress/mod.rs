@@ -103,6 +103,12 @@ impl Progress {
         self.line(&format!("step {}: {:?} → {:?}", sample.step, sample.prompt, sample.text));
     }
 
+    /// Shows what is new while a step takes its time.
+    pub fn tick(&mut self) {
+        #[cfg(unix)]
+        self.update(false, |_| ());
+    }
+
     /// Shows a line of text that stays.
     pub fn line(&mut self, text: &str) {
         #[cfg(unix)]

@@ -8,11 +8,9 @@ use toml::Table;
 
 use crate::config_file::flatten;
 use crate::metrics::{self, EvalMetric, Metric, Sample, TrainMetric, WeightMetric};
+use crate::run::LAST_STEPS;
 use crate::run_info::RunInfo;
 use crate::{TrainError, error};
-
-/// Steps over which the final training loss is averaged.
-pub(crate) const LAST_STEPS: usize = 100;
 
 /// What a run folder holds.
 #[derive(Debug, Clone)]
@@ -112,7 +110,7 @@ impl RunData {
         self.steps_planned() == Some(self.step()) && evaluated
     }
 
-    /// Mean training loss of the last [`LAST_STEPS`] steps, nats per token.
+    /// Mean training loss of the last 100 steps, nats per token.
     #[must_use]
     pub fn train_loss(&self) -> Option<f64> {
         let last = &self.steps[self.steps.len().saturating_sub(LAST_STEPS)..];
