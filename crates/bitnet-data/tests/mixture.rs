@@ -38,7 +38,8 @@ fn source(name: &str, dataset: &Arc<Dataset>, weights: &[(u64, f64)]) -> Mixture
 /// The letter of each row of a batch; none is in the end token's name.
 fn letters(batch: &Batch, tokenizer: &Tokenizer) -> Vec<char> {
     let rows = batch.inputs.chunks(batch.context);
-    rows.map(|row| tokenizer.decode(row).chars().find(|c| ('a'..='c').contains(c)).unwrap()).collect()
+    rows.map(|row| tokenizer.decode(row).chars().find(|c| ('a'..='c').contains(c)).unwrap())
+        .collect()
 }
 
 const CONTEXT: usize = 16;

@@ -109,7 +109,8 @@ fn an_interrupted_run_goes_on_and_ends_in_the_same_bytes() {
     let expected = content(&whole);
     assert!(expected.keys().all(|name| name != "unfinished.json"));
 
-    let damages: [(&str, fn(&Path)); 6] = [
+    type Damage = fn(&Path);
+    let damages: [(&str, Damage); 6] = [
         ("nothing", |_| {}),
         ("a shard cut short", |f| truncate(&f.join("train-00001.bin"))),
         ("a flipped byte", |f| flip(&f.join("train-00002.bin"))),
