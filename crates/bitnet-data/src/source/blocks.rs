@@ -83,7 +83,7 @@ impl Inputs {
         })
     }
 
-    /// All documents in the order of [`batches`](Self::batches); for sources
+    /// All documents, in the same order each time; for sources
     /// that fit the memory, such as those of tests.
     ///
     /// # Errors
