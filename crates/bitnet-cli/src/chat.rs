@@ -1,7 +1,5 @@
 //! `bitnet chat`: a conversation, line by line.
 
-mod template;
-
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,8 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::Context;
 use bitnet_core::ExitError;
 use bitnet_engine::{FinishReason, GenerateOptions, Generator, Model, Session, Tokenizer};
+use bitnet_format::chat_template::{Message, Role, Template};
 
-use self::template::{Message, Role, Template};
 use crate::generate::{prompt_ids, show};
 use crate::interrupt;
 use crate::options::{RunArgs, SamplingArgs, SourceArgs};
@@ -130,7 +128,7 @@ impl<'a> Chat<'a> {
             .chat_template()
             .map(|source| {
                 let (bos, eos) = (tokenizer.bos_id(), tokenizer.eos_ids().first().copied());
-                Template::new(source, name(bos), name(eos))
+                Template::new(source, name(bos), name(eos)).map_err(ExitError::bad_input)
             })
             .transpose()
             .with_context(|| format!("{}: tokenizer.chat_template", args.model.display()))?;
@@ -167,7 +165,7 @@ impl<'a> Chat<'a> {
         let ids = match &self.template {
             Some(template) => {
                 self.messages.push(Message { role: Role::User, content: line.to_owned() });
-                let prompt = template.render(&self.messages)?;
+                let prompt = template.render(&self.messages, true).map_err(ExitError::bad_input)?;
                 self.tokenizer.encode_with_special(&prompt).map_err(ExitError::from)?
             }
             None => prompt_ids(&self.tokenizer, &(self.text.clone() + line))?,

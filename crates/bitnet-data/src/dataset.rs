@@ -78,6 +78,12 @@ impl Dataset {
             if header.vocab_size != manifest.tokenizer.vocab_size {
                 return differs("vocabulary", &manifest.tokenizer.vocab_size, &header.vocab_size);
             }
+            let rows = manifest.chat.as_ref().map(|chat| chat.context as u64 + 1);
+            let found_rows = header.row_tokens.map(u64::from);
+            if found_rows != rows {
+                let text = |rows: Option<u64>| rows.map_or("none".into(), |r| r.to_string());
+                return differs("tokens in a row", &text(rows), &text(found_rows));
+            }
             if header.tokens != expected.tokens {
                 return differs("tokens", &expected.tokens, &header.tokens);
             }
@@ -147,12 +153,36 @@ impl Dataset {
         Tokenizer::from_file(self.folder.join(TOKENIZER_FILE))
     }
 
+    /// Tokens in a row where conversations were packed into rows; such a split is
+    /// read in windows of `row_tokens - 1` inputs, one a row. `None` for plain text.
+    #[must_use]
+    pub fn row_tokens(&self) -> Option<usize> {
+        self.manifest.chat.as_ref().map(|chat| chat.context + 1)
+    }
+
     /// Copies tokens `start..start + into.len()` of the sequence.
     ///
     /// # Errors
     /// [`DataError::File`] for a range beyond the split and for a token that is
     /// not below the vocabulary size.
     pub fn read(&self, start: u64, into: &mut [u32]) -> Result<(), DataError> {
+        self.each_shard(start, into, ShardReader::read)
+    }
+
+    /// Copies the flags of the same tokens: see [`ShardReader::read_flags`].
+    ///
+    /// # Errors
+    /// [`DataError::File`] for a range beyond the split.
+    pub fn read_flags(&self, start: u64, into: &mut [u8]) -> Result<(), DataError> {
+        self.each_shard(start, into, ShardReader::read_flags)
+    }
+
+    fn each_shard<T>(
+        &self,
+        start: u64,
+        into: &mut [T],
+        read: impl Fn(&ShardReader, u64, &mut [T]) -> Result<(), DataError>,
+    ) -> Result<(), DataError> {
         let end = start.checked_add(into.len() as u64);
         if end.is_none_or(|end| end > self.tokens()) {
             let what = format!(
@@ -170,7 +200,7 @@ impl Dataset {
             let i = self.starts.partition_point(|&s| s <= start) - 1;
             let here = usize::try_from(self.starts[i + 1] - start).unwrap_or(usize::MAX);
             let (now, later) = rest.split_at_mut(here.min(rest.len()));
-            self.shards[i].read(start - self.starts[i], now)?;
+            read(&self.shards[i], start - self.starts[i], now)?;
             start += now.len() as u64;
             rest = later;
         }
@@ -179,13 +209,21 @@ impl Dataset {
 
     /// How many windows of `context` inputs and targets the split holds: each
     /// begins `context` tokens behind the one before, and the last target needs
-    /// one token more.
+    /// one token more. Where conversations were packed, a window is a row, and
+    /// there are none of another context.
     #[must_use]
     pub fn window_count(&self, context: usize) -> u64 {
-        match context {
-            0 => 0,
-            _ => self.tokens().saturating_sub(1) / context as u64,
+        match (context, self.row_tokens()) {
+            (0, _) => 0,
+            (_, None) => self.tokens().saturating_sub(1) / context as u64,
+            (_, Some(row)) if row == context + 1 => self.tokens() / row as u64,
+            (_, Some(_)) => 0,
         }
+    }
+
+    /// Where window `index` of `context` inputs begins.
+    pub(crate) fn window_start(&self, index: u64, context: usize) -> u64 {
+        index * self.row_tokens().unwrap_or(context) as u64
     }
 
     /// All windows of `context` tokens once, in order: what validation runs

@@ -39,6 +39,14 @@ pub enum DataError {
         /// What was expected and what was found.
         what: String,
     },
+    /// A conversation cannot be rendered.
+    #[error("{name}: {what}")]
+    Conversation {
+        /// Where it comes from: a file and a line.
+        name: String,
+        /// What is wrong with it.
+        what: String,
+    },
     /// The sources hold no usable text.
     #[error("{what}")]
     Empty {
@@ -74,9 +82,11 @@ impl DataError {
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Read { .. } | Self::File { .. } | Self::Line { .. } | Self::Empty { .. } => {
-                Exit::BadInput
-            }
+            Self::Read { .. }
+            | Self::File { .. }
+            | Self::Line { .. }
+            | Self::Conversation { .. }
+            | Self::Empty { .. } => Exit::BadInput,
             Self::Option { .. } | Self::Output { .. } => Exit::Usage,
             Self::Write(_) | Self::Tokenizer(_) => Exit::Failed,
             Self::Interrupted => Exit::Interrupted,

@@ -18,11 +18,10 @@ pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()
 }
 
-/// Identifies a document by its text: the first 128 bits of its SHA-256, read
-/// big-endian so that numeric order is the order of the hex digits. Two of
+/// Identifies a document by its text: the first 128 bits of the text's SHA-256,
+/// read big-endian so that numeric order is the order of the hex digits. Two of
 /// 10⁹ different texts share a key with probability below 2⁻⁶⁸.
-pub(crate) fn document_key(text: &str) -> u128 {
-    let digest = sha256(text.as_bytes());
+pub(crate) fn key_of(digest: &[u8; 32]) -> u128 {
     let mut first = [0u8; 16];
     first.copy_from_slice(&digest[..16]);
     u128::from_be_bytes(first)
@@ -43,6 +42,67 @@ pub(crate) fn split_position(key: u128, seed: u64) -> f64 {
     (u64::from_be_bytes(first) >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// A hash of a multiset of texts in constant memory: the sum of their SHA-256
+/// modulo 2²⁵⁶, and their number. The same texts in any order, read by any number
+/// of machines, give the same hash, and sums of parts add up. It tells inputs
+/// apart that differ by accident; against an adversary who chooses the texts a sum
+/// modulo 2²⁵⁶ is too short (Wagner, "A generalized birthday problem", 2002).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Multiset {
+    /// The sum, lowest limb first.
+    sum: [u64; 4],
+    pub(crate) count: u64,
+}
+
+impl Multiset {
+    pub(crate) fn add(&mut self, digest: &[u8; 32]) {
+        let mut limbs = [0u64; 4];
+        for (limb, bytes) in limbs.iter_mut().rev().zip(digest.chunks_exact(8)) {
+            let mut eight = [0; 8];
+            eight.copy_from_slice(bytes);
+            *limb = u64::from_be_bytes(eight);
+        }
+        self.merge(&Self { sum: limbs, count: 1 });
+    }
+
+    /// Adds what another has counted.
+    pub(crate) fn merge(&mut self, other: &Self) {
+        let mut carry = 0;
+        for (limb, &more) in self.sum.iter_mut().zip(&other.sum) {
+            let sum = u128::from(*limb) + u128::from(more) + carry;
+            *limb = sum as u64;
+            carry = sum >> 64;
+        }
+        self.count = self.count.wrapping_add(other.count);
+    }
+
+    /// The sum as 64 hexadecimal digits.
+    pub(crate) fn sum_hex(&self) -> String {
+        self.sum.iter().rev().map(|limb| format!("{limb:016x}")).collect()
+    }
+
+    /// Takes back [`sum_hex`](Self::sum_hex); `None` where it is no such text.
+    pub(crate) fn from_hex(sum: &str, count: u64) -> Option<Self> {
+        if sum.len() != 64 || !sum.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return None;
+        }
+        let mut limbs = [0u64; 4];
+        for (i, limb) in limbs.iter_mut().rev().enumerate() {
+            *limb = u64::from_str_radix(&sum[16 * i..16 * i + 16], 16).ok()?;
+        }
+        Some(Self { sum: limbs, count })
+    }
+
+    /// SHA-256 of sum and number, in hexadecimal.
+    pub(crate) fn hash(&self) -> String {
+        let mut hash = Sha256::new();
+        hash.update(b"multiset");
+        hash.update(self.count.to_le_bytes());
+        self.sum.iter().for_each(|limb| hash.update(limb.to_le_bytes()));
+        hex(&hash.finalize())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,7 +114,29 @@ mod tests {
             hex(&sha256(b"abc")),
             "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         );
-        assert_eq!(document_key("abc"), 0xba78_16bf_8f01_cfea_4141_40de_5dae_2223);
+        assert_eq!(key_of(&sha256(b"abc")), 0xba78_16bf_8f01_cfea_4141_40de_5dae_2223);
+    }
+
+    #[test]
+    fn a_multiset_counts_copies_and_forgets_the_order() {
+        let of = |texts: &[&str]| {
+            let mut set = Multiset::default();
+            texts.iter().for_each(|t| set.add(&sha256(t.as_bytes())));
+            set
+        };
+        assert_eq!(of(&["abc"]).sum_hex(), hex(&sha256(b"abc")));
+        assert_eq!(of(&["a", "b", "c", "b"]), of(&["b", "c", "b", "a"]));
+        assert_ne!(of(&["a", "b"]).hash(), of(&["a", "b", "b"]).hash());
+        assert_ne!(of(&["a", "b"]).hash(), of(&["a", "c"]).hash());
+        let mut joined = of(&["a", "b"]);
+        joined.merge(&of(&["c", "a"]));
+        assert_eq!(joined, of(&["a", "a", "b", "c"]));
+        assert_eq!(Multiset::from_hex(&joined.sum_hex(), 4), Some(joined));
+        assert_eq!(Multiset::from_hex("12", 1), None);
+        // Carries run through all limbs: 2²⁵⁶ - 1 and 1 make 0.
+        let mut full = Multiset::from_hex(&"f".repeat(64), 1).unwrap();
+        full.merge(&Multiset::from_hex(&format!("{:064x}", 1), 1).unwrap());
+        assert_eq!(full, Multiset { sum: [0; 4], count: 2 });
     }
 
     #[test]

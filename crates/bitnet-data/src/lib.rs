@@ -32,23 +32,35 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod batch;
+pub mod chat;
 pub mod dataset;
 mod error;
 mod hash;
 pub mod manifest;
+mod merge;
+pub mod mixture;
+pub mod part;
 mod prepare;
 mod scan;
 pub mod shard;
 pub mod source;
 pub mod stream;
+pub mod token_stream;
 pub mod tokenizer;
 mod words;
 
+pub use batch::Batch;
+pub use chat::ChatOptions;
 pub use dataset::{Dataset, Split};
 pub use error::DataError;
 pub use manifest::Manifest;
+pub use merge::{MergeOptions, merge};
+pub use mixture::{MixtureSource, MixtureState, MixtureStream};
+pub use part::Part;
 pub use prepare::{PrepareOptions, Prepared, Progress, prepare};
 pub use shard::{ShardReader, ShardWriter};
 pub use source::{Document, FileOptions, Source, TextSplit};
-pub use stream::{Batch, BatchState, BatchStream, Windows};
+pub use stream::{BatchState, BatchStream, Windows};
+pub use token_stream::{StreamState, TokenStream};
 pub use tokenizer::Tokenizer;

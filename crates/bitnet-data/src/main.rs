@@ -1,8 +1,10 @@
 //! `bitnet-data`: prepares corpora and looks into prepared ones.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod report;
 mod show;
+mod synthetic;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -10,7 +12,10 @@ use std::process::ExitCode;
 use anyhow::Result;
 use bitnet_core::exit::{self, Exit, ExitError};
 use bitnet_data::dataset::{Dataset, Split};
-use bitnet_data::{DataError, FileOptions, Manifest, PrepareOptions, Source, TextSplit, prepare};
+use bitnet_data::{
+    ChatOptions, DataError, FileOptions, Manifest, MergeOptions, Part, PrepareOptions, Source,
+    TextSplit, merge, prepare,
+};
 use clap::{Args, Parser, Subcommand};
 
 /// Text to token shards.
@@ -30,6 +35,10 @@ struct Cli {
 enum Command {
     /// Read text, train or load a tokenizer, write shards.
     Prepare(Box<PrepareArgs>),
+    /// Join the parts that `prepare --part` wrote into one prepared folder.
+    Merge(MergeArgs),
+    /// Write lines of JSON with made-up text, to measure on.
+    Synthetic(synthetic::Args),
     /// Show what a prepared folder holds.
     Inspect(InspectArgs),
 }
@@ -37,8 +46,9 @@ enum Command {
 #[derive(Args)]
 struct PrepareArgs {
     /// `cargo` for the sources and docs of the packages a workspace depends on,
-    /// or files and folders: text, .jsonl, .parquet. (A file called cargo: ./cargo)
-    #[arg(required = true, value_name = "cargo|PATH")]
+    /// `chat` and .jsonl files of conversations ({"messages": [{"role", "content"}]}),
+    /// or files and folders: text, .jsonl (.zst, .gz), .parquet. (A file called cargo: ./cargo)
+    #[arg(required = true, value_name = "cargo|chat|PATH")]
     sources: Vec<PathBuf>,
     /// The folder to write.
     #[arg(short, long, value_name = "DIR")]
@@ -86,7 +96,37 @@ struct PrepareArgs {
     /// Tokens after which a new shard begins.
     #[arg(long, value_name = "N", default_value_t = 1 << 26)]
     shard_tokens: u64,
+    /// Keep copies of a document: memory does not grow with their number then
+    /// (otherwise 36 bytes a document), and the corpus hash is a sum.
+    #[arg(long)]
+    keep_duplicates: bool,
+    /// Prepare the i-th of n parts, for `merge`; every machine reads all of the
+    /// input and tokenises its part. Needs --tokenizer.
+    #[arg(long, value_name = "I/N")]
+    part: Option<Part>,
+    /// With `chat`: the inputs of a training window, into which conversations are
+    /// packed whole.
+    #[arg(long, value_name = "TOKENS")]
+    context: Option<usize>,
+    /// With `chat`: a Jinja chat template [default: the tokenizer's, or role names]
+    #[arg(long, value_name = "FILE")]
+    template: Option<PathBuf>,
     /// Prepare again what is already there.
+    #[arg(long)]
+    force: bool,
+    /// Also write the result as one JSON object (`-`: to stdout, instead).
+    #[arg(long, value_name = "FILE|-")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct MergeArgs {
+    /// The folder to write.
+    output: PathBuf,
+    /// The folders of all parts, in any order.
+    #[arg(required = true, value_name = "PART")]
+    parts: Vec<PathBuf>,
+    /// Replace what the folder holds.
     #[arg(long)]
     force: bool,
     /// Also write the result as one JSON object (`-`: to stdout, instead).
@@ -114,6 +154,8 @@ fn main() -> ExitCode {
         .init();
     let done = match cli.command {
         Command::Prepare(args) => run_prepare(*args),
+        Command::Merge(args) => run_merge(args),
+        Command::Synthetic(args) => synthetic::run(&args),
         Command::Inspect(args) => run_inspect(&args),
     };
     match done {
@@ -130,7 +172,9 @@ fn main() -> ExitCode {
 }
 
 fn run_prepare(args: PrepareArgs) -> Result<()> {
-    let name = args.name.clone().unwrap_or_else(|| default_name(&args.sources));
+    let chat = chat(&args)?;
+    let sources = &args.sources[usize::from(chat.is_some())..];
+    let name = args.name.clone().unwrap_or_else(|| default_name(sources));
     let mut options = PrepareOptions::new(source(&args)?, args.output);
     options.name = name;
     options.vocab_size = args.vocab_size;
@@ -141,6 +185,9 @@ fn run_prepare(args: PrepareArgs) -> Result<()> {
     options.validation_share = args.validation_share;
     options.seed = args.seed;
     options.shard_tokens = args.shard_tokens;
+    options.keep_duplicates = args.keep_duplicates;
+    options.part = args.part;
+    options.chat = chat;
     options.force = args.force;
 
     let mut progress = show::Bar::new()?;
@@ -152,10 +199,50 @@ fn run_prepare(args: PrepareArgs) -> Result<()> {
     }
     let mut result = report::object(&prepared.manifest, &options.output)?;
     result.insert("reused".into(), prepared.reused.into());
+    result.insert("resumed_shards".into(), prepared.resumed_shards.into());
     report::print(&prepared.manifest, &options.output, &result, args.json.as_deref())
 }
 
+fn run_merge(args: MergeArgs) -> Result<()> {
+    let options = MergeOptions { parts: args.parts, output: args.output, force: args.force };
+    let mut progress = show::Bar::new()?;
+    let merged = merge(&options, &mut progress);
+    progress.finish();
+    let merged = merged?;
+    let result = report::object(&merged, &options.output)?;
+    report::print(&merged, &options.output, &result, args.json.as_deref())
+}
+
+/// What `chat` as the first source asks for; its options mean nothing elsewhere,
+/// and those of text files mean nothing with it.
+fn chat(args: &PrepareArgs) -> Result<Option<ChatOptions>> {
+    let usage = |text: &str| Err(ExitError::usage(text.to_owned()).into());
+    if args.sources[0].as_os_str() != "chat" {
+        return match (&args.context, &args.template) {
+            (None, None) => Ok(None),
+            _ => usage("--context and --template belong to `prepare chat FILE…`"),
+        };
+    }
+    if args.sources.len() == 1 {
+        return usage("`chat` needs a .jsonl file of conversations behind it");
+    }
+    let of_text = !args.ext.is_empty()
+        || args.split != TextSplit::File
+        || args.field != "text"
+        || args.column != "text";
+    if of_text {
+        return usage("--ext, --split, --field and --column do not belong to `prepare chat`");
+    }
+    let Some(context) = args.context else {
+        return usage("`chat` needs --context: the sequence length to train with");
+    };
+    Ok(Some(ChatOptions { context, template: args.template.clone() }))
+}
+
 fn source(args: &PrepareArgs) -> Result<Source> {
+    if args.sources[0].as_os_str() == "chat" {
+        return Ok(Source::Chat { paths: args.sources[1..].to_vec() });
+    }
     let is_cargo = |p: &PathBuf| p.as_os_str() == "cargo";
     if args.sources.iter().any(is_cargo) {
         if args.sources.len() > 1 {
@@ -200,7 +287,7 @@ fn run_inspect(args: &InspectArgs) -> Result<()> {
 }
 
 /// Bytes: a number, or one with KB, MB, GB, KiB, MiB or GiB behind it.
-fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit: u64 = match text[digits.len()..].to_ascii_lowercase().as_str() {
         "" | "b" => 1,

@@ -9,6 +9,7 @@ use bitnet_format::atomic::write_atomic;
 use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
+use crate::part::{Part, PartInfo};
 use crate::source::Source;
 
 /// The manifest version that this code writes and reads.
@@ -17,6 +18,8 @@ pub const MANIFEST_VERSION: u32 = 1;
 pub const MANIFEST_FILE: &str = "manifest.json";
 /// The tokenizer's file name.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
+/// The file name of the chat template that conversations were rendered with.
+pub const TEMPLATE_FILE: &str = "chat_template.jinja";
 
 /// What a prepared folder holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -50,7 +53,9 @@ pub struct Manifest {
     /// Documents left out to stay below the cap.
     pub beyond_cap: u64,
     /// SHA-256 over the sorted 128-bit keys of the documents (the first half of
-    /// each text's SHA-256): the same texts give the same hash in any order.
+    /// each text's SHA-256): the same texts give the same hash in any order. Where
+    /// duplicates are kept, SHA-256 of the number of documents and of the sum of
+    /// their SHA-256 modulo 2²⁵⁶, which does the same in constant memory.
     pub corpus_hash: String,
     /// The tokenizer beside the shards.
     pub tokenizer: TokenizerInfo,
@@ -58,6 +63,12 @@ pub struct Manifest {
     pub train: SplitInfo,
     /// The validation split; no shards where none was asked for.
     pub validation: SplitInfo,
+    /// Which part of a corpus this is; `None` for a whole one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<PartInfo>,
+    /// How conversations were packed; `None` where documents are plain text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat: Option<ChatInfo>,
 }
 
 /// Every option that decides what a prepared folder holds.
@@ -81,6 +92,66 @@ pub struct Request {
     pub seed: u64,
     /// Tokens after which a new shard begins.
     pub shard_tokens: u64,
+    /// Whether copies of a document stay in the corpus.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_duplicates: bool,
+    /// The part asked for; `None` for all of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<Part>,
+    /// How conversations are rendered; `None` where documents are plain text.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat: Option<ChatRequest>,
+}
+
+/// How conversations are rendered and packed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatRequest {
+    /// Inputs in a window; a row of a shard has one token more.
+    pub context: usize,
+    /// SHA-256 of the chat template.
+    pub template_sha256: String,
+}
+
+/// What became of the conversations, both splits together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatInfo {
+    /// Inputs in a window; a row of a shard has one token more.
+    pub context: usize,
+    /// Counts.
+    #[serde(flatten)]
+    pub counts: ChatCounts,
+}
+
+impl ChatInfo {
+    pub(crate) fn add(mut self, other: Self) -> Self {
+        self.counts.add(&other.counts);
+        self
+    }
+}
+
+/// Counts of conversations and tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChatCounts {
+    /// Conversations longer than a row, cut at its end.
+    pub truncated: u64,
+    /// Conversations left out because a message holds the name of a special token.
+    pub special_in_text: u64,
+    /// Conversations left out because no answer is in them, or none before the cut.
+    pub without_answer: u64,
+    /// Tokens that the loss is taken over.
+    pub loss_tokens: u64,
+    /// Tokens that fill up rows.
+    pub padding_tokens: u64,
+}
+
+impl ChatCounts {
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.truncated += other.truncated;
+        self.special_in_text += other.special_in_text;
+        self.without_answer += other.without_answer;
+        self.loss_tokens += other.loss_tokens;
+        self.padding_tokens += other.padding_tokens;
+    }
 }
 
 /// The tokenizer of a prepared folder.

@@ -68,6 +68,25 @@ fn table(m: &Manifest, folder: &Path) -> String {
         format!("{} (train {}, validation {})", m.tokens, m.train.tokens, m.validation.tokens),
     );
     row("bytes/token", format!("{:.3}", m.bytes_per_token()));
+    if let Some(chat) = &m.chat {
+        let c = &chat.counts;
+        row(
+            "chat",
+            format!(
+                "context {}; {} tokens learned, {} of padding; {} conversations cut; left out: {} \
+                 without an answer, {} with the name of a special token",
+                chat.context,
+                c.loss_tokens,
+                c.padding_tokens,
+                c.truncated,
+                c.without_answer,
+                c.special_in_text
+            ),
+        );
+    }
+    if let Some(part) = &m.part {
+        row("part", part.part.to_string());
+    }
     row("shards", format!("{} + {}", m.train.shards.len(), m.validation.shards.len()));
     row("vocabulary", m.tokenizer.vocab_size.to_string());
     row("tokenizer", format!("sha256 {}", m.tokenizer.sha256));

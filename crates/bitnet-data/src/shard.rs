@@ -1,13 +1,13 @@
 //! Token shards: the files between tokenisation and training.
 //!
-//! # Format, version 1
+//! # Format, versions 1 and 2
 //!
 //! All integers little-endian; a header of 128 bytes, then the payload.
 //!
 //! | offset | bytes | content |
 //! |---|---|---|
 //! | 0 | 4 | magic `BNSH` |
-//! | 4 | 4 | version, 1 |
+//! | 4 | 4 | version, 1 or 2 |
 //! | 8 | 4 | bytes per token: 2 (vocabulary up to 65 536) or 4 |
 //! | 12 | 4 | vocabulary size: every token is below it |
 //! | 16 | 32 | SHA-256 of the `tokenizer.json` |
@@ -15,12 +15,20 @@
 //! | 56 | 8 | documents |
 //! | 64 | 32 | SHA-256 of the payload |
 //! | 96 | 4 | the token that ends a document |
-//! | 100 | 28 | zero |
-//! | 128 | tokens × bytes per token | the tokens |
+//! | 100 | 4 | version 2: tokens in a row; version 1: zero |
+//! | 104 | 24 | zero |
+//! | 128 | | the payload |
 //!
-//! The payload begins at a multiple of 64 bytes and ends with the file. Each
-//! document is its tokens followed by the end token; there is no other table of
-//! documents. A document never spans two shards.
+//! The payload begins at a multiple of 64 bytes and ends with the file.
+//!
+//! Version 1, plain text: the tokens. Each document is its tokens followed by the
+//! end token; there is no other table of documents. A document never spans two
+//! shards.
+//!
+//! Version 2, conversations packed into rows: for each row its tokens, then one
+//! byte of flags for each of them: bit 0, the loss is taken over predicting this
+//! token; bit 1, a conversation (or the padding behind the last) begins here. A
+//! conversation never spans two rows; rows are filled up with the end token.
 
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -33,8 +41,14 @@ use crate::error::DataError;
 use crate::hash::{hex, sha256};
 
 const MAGIC: [u8; 4] = *b"BNSH";
-/// The format version that this code writes and reads.
+/// The format version of plain text.
 pub const VERSION: u32 = 1;
+/// The format version of packed rows with flags.
+pub const VERSION_PACKED: u32 = 2;
+/// Flag of a token: the loss is taken over predicting it.
+pub const FLAG_LOSS: u8 = 1;
+/// Flag of a token: a document begins here.
+pub const FLAG_BEGINS: u8 = 2;
 /// Bytes before the payload: a multiple of 64.
 pub const HEADER_BYTES: usize = 128;
 
@@ -55,13 +69,16 @@ pub struct ShardHeader {
     pub payload_sha256: [u8; 32],
     /// The token that ends a document.
     pub eos_id: u32,
+    /// Tokens in a row of a packed shard; `None` for plain text.
+    pub row_tokens: Option<u32>,
 }
 
 impl ShardHeader {
     fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         bytes[0..4].copy_from_slice(&MAGIC);
-        bytes[4..8].copy_from_slice(&VERSION.to_le_bytes());
+        let version = if self.row_tokens.is_some() { VERSION_PACKED } else { VERSION };
+        bytes[4..8].copy_from_slice(&version.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.token_bytes.to_le_bytes());
         bytes[12..16].copy_from_slice(&self.vocab_size.to_le_bytes());
         bytes[16..48].copy_from_slice(&self.tokenizer_sha256);
@@ -69,6 +86,7 @@ impl ShardHeader {
         bytes[56..64].copy_from_slice(&self.documents.to_le_bytes());
         bytes[64..96].copy_from_slice(&self.payload_sha256);
         bytes[96..100].copy_from_slice(&self.eos_id.to_le_bytes());
+        bytes[100..104].copy_from_slice(&self.row_tokens.unwrap_or(0).to_le_bytes());
         bytes
     }
 
@@ -87,8 +105,10 @@ impl ShardHeader {
             ));
         }
         let version = u32_at(file, 4);
-        if version != VERSION {
-            return Err(format!("shard version {version}; this program reads version {VERSION}"));
+        if version != VERSION && version != VERSION_PACKED {
+            return Err(format!(
+                "shard version {version}; this program reads versions {VERSION} and {VERSION_PACKED}"
+            ));
         }
         let header = Self {
             token_bytes: u32_at(file, 8),
@@ -98,24 +118,35 @@ impl ShardHeader {
             documents: u64::from_le_bytes(array_at(file, 56)),
             payload_sha256: array_at(file, 64),
             eos_id: u32_at(file, 96),
+            row_tokens: (version == VERSION_PACKED).then(|| u32_at(file, 100)),
         };
         if header.token_bytes != 2 && header.token_bytes != 4 {
             return Err(format!("{} bytes per token; expected 2 or 4", header.token_bytes));
         }
+        if let Some(row) = header.row_tokens
+            && (row < 2 || !header.tokens.is_multiple_of(u64::from(row)))
+        {
+            return Err(format!("{} tokens in rows of {row}", header.tokens));
+        }
         let expected = header
             .tokens
-            .checked_mul(u64::from(header.token_bytes))
+            .checked_mul(header.bytes_per_token())
             .and_then(|n| n.checked_add(HEADER_BYTES as u64));
         if expected != Some(file.len() as u64) {
             return Err(format!(
                 "truncated or damaged: {} tokens of {} bytes need {} bytes, the file has {}",
                 header.tokens,
-                header.token_bytes,
+                header.bytes_per_token(),
                 expected.map_or_else(|| "more than 2⁶⁴".into(), |n| n.to_string()),
                 file.len()
             ));
         }
         Ok(header)
+    }
+
+    /// Bytes of the payload for each token, flags included.
+    fn bytes_per_token(&self) -> u64 {
+        u64::from(self.token_bytes) + u64::from(self.row_tokens.is_some())
     }
 }
 
@@ -152,6 +183,20 @@ impl ShardWriter {
         eos_id: u32,
         tokenizer_sha256: [u8; 32],
     ) -> Result<Self, DataError> {
+        Self::create_rows(path, vocab_size, eos_id, tokenizer_sha256, None)
+    }
+
+    /// Begins a shard of rows of `row_tokens` tokens with flags (version 2).
+    ///
+    /// # Errors
+    /// [`DataError::Write`].
+    pub(crate) fn create_rows(
+        path: &Path,
+        vocab_size: u32,
+        eos_id: u32,
+        tokenizer_sha256: [u8; 32],
+        row_tokens: Option<u32>,
+    ) -> Result<Self, DataError> {
         let mut file = AtomicFile::create(path).map_err(DataError::Write)?;
         file.write_all(&[0; HEADER_BYTES]).map_err(|e| write_error(path, e))?;
         Ok(Self {
@@ -164,6 +209,7 @@ impl ShardWriter {
                 documents: 0,
                 payload_sha256: [0; 32],
                 eos_id,
+                row_tokens,
             },
             payload: Sha256::new(),
             bytes: Vec::new(),
@@ -183,25 +229,51 @@ impl ShardWriter {
     /// the vocabulary size.
     pub fn push_document(&mut self, tokens: &[u32]) -> Result<(), DataError> {
         self.bytes.clear();
-        for &token in tokens.iter().chain([&self.header.eos_id]) {
-            if token >= self.header.vocab_size {
-                return Err(DataError::file(
-                    self.file.dest(),
-                    format!(
-                        "token {token} is not below the vocabulary of {}",
-                        self.header.vocab_size
-                    ),
-                ));
-            }
-            // A width of 2 implies that tokens are below 2¹⁶.
-            let width = self.header.token_bytes as usize;
-            self.bytes.extend_from_slice(&token.to_le_bytes()[..width]);
+        for &token in tokens {
+            self.encode(token)?;
         }
-        self.payload.update(&self.bytes);
-        self.file.write_all(&self.bytes).map_err(|e| write_error(self.file.dest(), e))?;
+        self.encode(self.header.eos_id)?;
+        self.write()?;
         self.header.tokens += tokens.len() as u64 + 1;
         self.header.documents += 1;
         Ok(())
+    }
+
+    /// Appends a whole row that holds so many documents, with the flags of its
+    /// tokens.
+    pub(crate) fn push_row(
+        &mut self,
+        tokens: &[u32],
+        flags: &[u8],
+        documents: u64,
+    ) -> Result<(), DataError> {
+        debug_assert_eq!(self.header.row_tokens, u32::try_from(tokens.len()).ok());
+        self.bytes.clear();
+        for &token in tokens {
+            self.encode(token)?;
+        }
+        self.bytes.extend_from_slice(flags);
+        self.write()?;
+        self.header.tokens += tokens.len() as u64;
+        self.header.documents += documents;
+        Ok(())
+    }
+
+    fn encode(&mut self, token: u32) -> Result<(), DataError> {
+        if token >= self.header.vocab_size {
+            let vocab = self.header.vocab_size;
+            let what = format!("token {token} is not below the vocabulary of {vocab}");
+            return Err(DataError::file(self.file.dest(), what));
+        }
+        // A width of 2 implies that tokens are below 2¹⁶.
+        let width = self.header.token_bytes as usize;
+        self.bytes.extend_from_slice(&token.to_le_bytes()[..width]);
+        Ok(())
+    }
+
+    fn write(&mut self) -> Result<(), DataError> {
+        self.payload.update(&self.bytes);
+        self.file.write_all(&self.bytes).map_err(|e| write_error(self.file.dest(), e))
     }
 
     /// Writes the header and gives the file its name.
@@ -264,27 +336,29 @@ impl ShardReader {
     /// [`DataError::File`] for a range beyond the shard and for a token that is
     /// not below the vocabulary size.
     pub fn read(&self, start: u64, into: &mut [u32]) -> Result<(), DataError> {
-        let end = start.checked_add(into.len() as u64);
-        let (Some(end), true) = (end, end <= Some(self.header.tokens)) else {
-            let what = format!(
-                "tokens {start} and {} on: the shard has {}",
-                into.len(),
-                self.header.tokens
-            );
-            return Err(DataError::file(&self.path, what));
-        };
-        let bytes = &self.payload()[self.byte(start)..self.byte(end)];
+        self.check_range(start, into.len())?;
+        let width = self.header.token_bytes as usize;
         let mut largest = 0;
-        if self.header.token_bytes == 2 {
-            for (token, b) in into.iter_mut().zip(bytes.chunks_exact(2)) {
-                *token = u32::from(u16::from_le_bytes([b[0], b[1]]));
-                largest = largest.max(*token);
+        let mut rest = &mut *into;
+        let mut at = start;
+        while !rest.is_empty() {
+            let (row_start, column, in_row) = self.place(at);
+            let (now, later) = rest.split_at_mut(in_row.min(rest.len()));
+            let first = row_start + column * width;
+            let bytes = &self.payload()[first..first + now.len() * width];
+            if width == 2 {
+                for (token, b) in now.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *token = u32::from(u16::from_le_bytes([b[0], b[1]]));
+                    largest = largest.max(*token);
+                }
+            } else {
+                for (token, b) in now.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *token = u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                    largest = largest.max(*token);
+                }
             }
-        } else {
-            for (token, b) in into.iter_mut().zip(bytes.chunks_exact(4)) {
-                *token = u32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                largest = largest.max(*token);
-            }
+            at += now.len() as u64;
+            rest = later;
         }
         if largest >= self.header.vocab_size {
             let at = into.iter().position(|&t| t == largest).unwrap_or(0) as u64;
@@ -296,6 +370,49 @@ impl ShardReader {
             return Err(DataError::file(&self.path, what));
         }
         Ok(())
+    }
+
+    /// Copies the flags of tokens `start..start + into.len()`; zeros for a shard
+    /// of plain text, which has none.
+    ///
+    /// # Errors
+    /// [`DataError::File`] for a range beyond the shard.
+    pub fn read_flags(&self, start: u64, into: &mut [u8]) -> Result<(), DataError> {
+        self.check_range(start, into.len())?;
+        let Some(row) = self.header.row_tokens else {
+            into.fill(0);
+            return Ok(());
+        };
+        let flags_at = row as usize * self.header.token_bytes as usize;
+        let (mut rest, mut at) = (into, start);
+        while !rest.is_empty() {
+            let (row_start, column, in_row) = self.place(at);
+            let (now, later) = rest.split_at_mut(in_row.min(rest.len()));
+            let first = row_start + flags_at + column;
+            now.copy_from_slice(&self.payload()[first..first + now.len()]);
+            at += now.len() as u64;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn check_range(&self, start: u64, len: usize) -> Result<(), DataError> {
+        let end = start.checked_add(len as u64);
+        if end.is_none_or(|end| end > self.header.tokens) {
+            let what = format!("tokens {start} and {len} on: the shard has {}", self.header.tokens);
+            return Err(DataError::file(&self.path, what));
+        }
+        Ok(())
+    }
+
+    /// Where token `at` lies: the byte of the payload at which its row begins, its
+    /// column, and the tokens of the row from there on. Plain text is one row. The
+    /// whole payload fits the address space.
+    fn place(&self, at: u64) -> (usize, usize, usize) {
+        let row = self.header.row_tokens.map_or(self.header.tokens.max(1), u64::from);
+        let row_bytes = row * self.header.bytes_per_token();
+        let column = (at % row) as usize;
+        ((at / row * row_bytes) as usize, column, row as usize - column)
     }
 
     /// Reads the whole payload: its checksum, every token, and the end of the
@@ -323,7 +440,8 @@ impl ShardReader {
             last = Some(buffer[n - 1]);
             start += n as u64;
         }
-        if last.is_some_and(|t| t != self.header.eos_id) {
+        // Rows end with whatever fills them.
+        if self.header.row_tokens.is_none() && last.is_some_and(|t| t != self.header.eos_id) {
             return bad(format!(
                 "the last document ends with token {}, not {}",
                 last.unwrap_or(0),
@@ -336,114 +454,7 @@ impl ShardReader {
     fn payload(&self) -> &[u8] {
         &self.map[HEADER_BYTES..]
     }
-
-    /// The byte of the payload at which a token begins. `token` is at most
-    /// `header.tokens`, and the whole payload fits the address space.
-    fn byte(&self, token: u64) -> usize {
-        token as usize * self.header.token_bytes as usize
-    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::fs;
-
-    fn write(path: &Path, vocab: u32, documents: &[Vec<u32>]) -> ShardHeader {
-        let mut w = ShardWriter::create(path, vocab, 0, [7; 32]).unwrap();
-        for d in documents {
-            w.push_document(d).unwrap();
-        }
-        w.finish().unwrap()
-    }
-
-    #[test]
-    fn damaged_shards_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("train-00000.bin");
-        write(&path, 300, &[vec![1, 2, 3], vec![299]]);
-        let good = fs::read(&path).unwrap();
-        assert_eq!(good.len(), HEADER_BYTES + 2 * 6);
-        let edit = |at: usize, value: u8| {
-            let mut b = good.clone();
-            b[at] = value;
-            b
-        };
-        for (content, expected) in [
-            (vec![], "is not a token shard: expected the magic `BNSH`, found ``"),
-            (b"GGUF1234".to_vec(), "expected the magic `BNSH`, found `GGUF`"),
-            (good[..100].to_vec(), "truncated: 100 bytes, and the header alone is 128"),
-            (good[..138].to_vec(), "6 tokens of 2 bytes need 140 bytes, the file has 138"),
-            ([&good[..], &[0]].concat(), "need 140 bytes, the file has 141"),
-            (edit(4, 9), "shard version 9; this program reads version 1"),
-            (edit(8, 3), "3 bytes per token; expected 2 or 4"),
-            (edit(55, 255), "more than 2⁶⁴ bytes, the file has 140"),
-        ] {
-            fs::write(&path, content).unwrap();
-            let e = ShardReader::open(&path).unwrap_err().to_string();
-            assert!(e.contains("train-00000.bin") && e.contains(expected), "{e}");
-        }
-        // What only reading the payload finds.
-        fs::write(&path, edit(129, 200)).unwrap();
-        let e = ShardReader::open(&path).unwrap().verify().unwrap_err().to_string();
-        assert!(e.contains("damaged: the header says sha256"), "{e}");
-        let mut out = [0; 6];
-        let e = ShardReader::open(&path).unwrap().read(0, &mut out).unwrap_err().to_string();
-        assert!(e.contains("token 51201 at position 0 is not below the vocabulary of 300"), "{e}");
-        fs::write(&path, edit(12, 3)).unwrap();
-        let e = ShardReader::open(&path).unwrap().verify().unwrap_err().to_string();
-        assert!(e.contains("is not below the vocabulary of 259"), "{e}");
-        let e = ShardReader::open(dir.path().join("none")).unwrap_err();
-        assert!(matches!(e, DataError::Read { .. }));
-    }
-
-    #[test]
-    fn ranges_beyond_the_shard_are_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s.bin");
-        write(&path, 300, &[vec![1, 2, 3]]);
-        let shard = ShardReader::open(&path).unwrap();
-        let mut out = [0; 2];
-        assert!(shard.read(2, &mut out).is_ok());
-        assert!(shard.read(3, &mut out).is_err());
-        assert!(shard.read(u64::MAX, &mut out).is_err());
-    }
-
-    #[test]
-    fn tokens_outside_the_vocabulary_are_not_written() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s.bin");
-        let mut w = ShardWriter::create(&path, 300, 0, [0; 32]).unwrap();
-        let e = w.push_document(&[299, 300]).unwrap_err().to_string();
-        assert!(e.contains("token 300 is not below the vocabulary of 300"), "{e}");
-        drop(w);
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-    }
-
-    proptest! {
-        #[test]
-        fn what_was_written_is_read(
-            documents in proptest::collection::vec(proptest::collection::vec(0u32..70_000, 0..40), 1..20),
-            wide: bool,
-        ) {
-            let vocab = if wide { 70_000 } else { 65_536 };
-            let documents: Vec<Vec<u32>> = documents
-                .into_iter()
-                .map(|d| d.into_iter().map(|t| t % vocab).collect())
-                .collect();
-            let dir = tempfile::tempdir().unwrap();
-            let path = dir.path().join("s.bin");
-            let header = write(&path, vocab, &documents);
-            let shard = ShardReader::open(&path).unwrap();
-            prop_assert_eq!(shard.header(), &header);
-            prop_assert_eq!(header.token_bytes, if wide { 4 } else { 2 });
-            prop_assert_eq!(header.documents, documents.len() as u64);
-            shard.verify().unwrap();
-            let expected: Vec<u32> = documents.iter().flat_map(|d| d.iter().copied().chain([0])).collect();
-            let mut out = vec![0; expected.len()];
-            shard.read(0, &mut out).unwrap();
-            prop_assert_eq!(out, expected);
-        }
-    }
-}
+mod tests;

@@ -5,41 +5,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::batch::{Batch, Buffers};
 use crate::dataset::Dataset;
 use crate::error::DataError;
-
-/// Inputs and, for each, the token that follows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Batch {
-    /// Token ids, `[batch, context]`, row by row.
-    pub inputs: Vec<u32>,
-    /// The token behind each input, `[batch, context]`.
-    pub targets: Vec<u32>,
-    /// Rows.
-    pub batch: usize,
-    /// Tokens in a row.
-    pub context: usize,
-}
-
-impl Batch {
-    fn with_capacity(batch: usize, context: usize) -> Self {
-        Self {
-            inputs: Vec::with_capacity(batch * context),
-            targets: Vec::with_capacity(batch * context),
-            batch: 0,
-            context,
-        }
-    }
-
-    /// Appends window `index`: tokens `index·context ..= (index + 1)·context`.
-    fn push(&mut self, dataset: &Dataset, index: u64, window: &mut [u32]) -> Result<(), DataError> {
-        dataset.read(index * self.context as u64, window)?;
-        self.inputs.extend_from_slice(&window[..self.context]);
-        self.targets.extend_from_slice(&window[1..]);
-        self.batch += 1;
-        Ok(())
-    }
-}
 
 /// Where a [`BatchStream`] stands: part of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -131,19 +99,38 @@ impl BatchStream {
     /// [`DataError::File`] where a shard holds a token outside the vocabulary.
     pub fn next_batch(&mut self, batch_size: usize) -> Result<Batch, DataError> {
         let mut batch = Batch::with_capacity(batch_size, self.context);
-        let mut window = vec![0; self.context + 1];
+        let mut buffers = Buffers::default();
         for _ in 0..batch_size {
-            let index = self.order.at(self.state.position);
-            batch.push(&self.dataset, index, &mut window)?;
-            self.state.position += 1;
-            if self.state.position == self.state.windows {
-                self.state.position = 0;
-                self.state.epoch += 1;
-                self.order =
-                    Permutation::new(self.state.windows, self.state.seed, self.state.epoch);
-            }
+            self.push_next(&mut batch, &mut buffers)?;
         }
         Ok(batch)
+    }
+
+    /// Appends the next window to a batch.
+    pub(crate) fn push_next(
+        &mut self,
+        batch: &mut Batch,
+        buffers: &mut Buffers,
+    ) -> Result<(), DataError> {
+        let index = self.order.at(self.state.position);
+        batch.push(&self.dataset, index, buffers)?;
+        self.skip(1);
+        Ok(())
+    }
+
+    /// Passes over `windows` windows, as if they had been read; takes no time,
+    /// however many.
+    pub fn skip(&mut self, windows: u64) {
+        let BatchState { epoch, position, seed, windows: per_epoch } = self.state;
+        let left = per_epoch - position;
+        if windows < left {
+            self.state.position += windows;
+            return;
+        }
+        let beyond = windows - left;
+        self.state.epoch = epoch + 1 + beyond / per_epoch;
+        self.state.position = beyond % per_epoch;
+        self.order = Permutation::new(per_epoch, seed, self.state.epoch);
     }
 }
 
@@ -177,9 +164,9 @@ impl<'a> Windows<'a> {
             return Ok(None);
         }
         let mut batch = Batch::with_capacity(rows, self.context);
-        let mut window = vec![0; self.context + 1];
+        let mut buffers = Buffers::default();
         for _ in 0..rows {
-            batch.push(self.dataset, self.next, &mut window)?;
+            batch.push(self.dataset, self.next, &mut buffers)?;
             self.next += 1;
         }
         Ok(Some(batch))
@@ -198,6 +185,16 @@ impl Iterator for Windows<'_> {
 fn windows_or_error(dataset: &Dataset, context: usize) -> Result<u64, DataError> {
     if context == 0 {
         return Err(DataError::option("context", "0 tokens; needs at least 1"));
+    }
+    if let Some(row) = dataset.row_tokens()
+        && row != context + 1
+    {
+        let what = format!(
+            "its conversations were packed for a context of {}, not {context}; prepare it again \
+             with --context {context}",
+            row - 1
+        );
+        return Err(DataError::file(dataset.folder(), what));
     }
     match dataset.window_count(context) {
         0 => Err(DataError::file(

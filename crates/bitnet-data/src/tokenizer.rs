@@ -265,6 +265,24 @@ impl Tokenizer {
         self.special.token_to_id(name)
     }
 
+    /// The special tokens, by id and name.
+    #[must_use]
+    pub fn special_tokens(&self) -> Vec<(u32, String)> {
+        let added = self.special.get_added_tokens_decoder();
+        let special = added.into_iter().filter(|(_, token)| token.special);
+        let mut tokens: Vec<(u32, String)> =
+            special.map(|(id, token)| (id, token.content)).collect();
+        tokens.sort_unstable();
+        tokens
+    }
+
+    /// Whether tokens are strings of bytes and a text begins a word like any other
+    /// place does: then the parts of a text can be encoded one by one.
+    #[must_use]
+    pub fn is_byte_level(&self) -> bool {
+        self.byte_level
+    }
+
     /// SHA-256 of the `tokenizer.json`.
     #[must_use]
     pub fn hash(&self) -> [u8; 32] {

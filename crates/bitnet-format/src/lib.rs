@@ -11,6 +11,7 @@
 
 pub mod atomic;
 pub mod byte_level;
+pub mod chat_template;
 pub mod gguf;
 pub mod hf;
 pub mod json;

@@ -6,6 +6,7 @@ use std::time::UNIX_EPOCH;
 
 use walkdir::WalkDir;
 
+use super::jsonl::Compression;
 use super::{FileOptions, Input, Kind};
 use crate::error::DataError;
 
@@ -23,9 +24,11 @@ pub(super) fn find(options: &FileOptions) -> Result<Vec<Input>, DataError> {
             inputs.push(input(path, kind, &meta));
         }
     }
+    // The order of the command line is not part of the corpus.
+    inputs.sort_by(|a, b| a.path.cmp(&b.path));
     if inputs.is_empty() {
         let mut endings: Vec<&str> = TEXT_ENDINGS.to_vec();
-        endings.extend(["jsonl", "parquet"]);
+        endings.extend(["jsonl", "jsonl.zst", "jsonl.gz", "parquet"]);
         endings.extend(options.extensions.iter().map(String::as_str));
         let paths: Vec<String> = options.paths.iter().map(|p| p.display().to_string()).collect();
         return Err(DataError::Empty {
@@ -35,6 +38,26 @@ pub(super) fn find(options: &FileOptions) -> Result<Vec<Input>, DataError> {
                 endings.join(", .")
             ),
         });
+    }
+    Ok(inputs)
+}
+
+/// The files of lines of JSON among them; naming another file is an error, in a
+/// folder others are passed over.
+pub(super) fn find_conversations(options: &FileOptions) -> Result<Vec<Input>, DataError> {
+    let is_lines = |input: &Input| matches!(input.kind, Kind::Jsonl(_));
+    let named = |input: &Input| options.paths.contains(&input.path);
+    let mut inputs = find(options)?;
+    if let Some(other) = inputs.iter().find(|i| named(i) && !is_lines(i)) {
+        let what = "conversations are read from .jsonl, .jsonl.zst and .jsonl.gz";
+        return Err(DataError::file(&other.path, what));
+    }
+    inputs.retain(is_lines);
+    if inputs.is_empty() {
+        let paths: Vec<String> = options.paths.iter().map(|p| p.display().to_string()).collect();
+        let what =
+            format!("{}: no file that ends in .jsonl, .jsonl.zst, .jsonl.gz", paths.join(", "));
+        return Err(DataError::Empty { what });
     }
     Ok(inputs)
 }
@@ -64,11 +87,14 @@ fn find_in_folder(
 
 /// The kind that an ending alone decides.
 fn kind_of(path: &Path) -> Option<Kind> {
-    match path.extension()?.to_str()? {
-        "jsonl" => Some(Kind::Jsonl),
-        "parquet" => Some(Kind::Parquet),
-        _ => None,
-    }
+    let name = path.file_name()?.to_str()?;
+    let kinds = [
+        (".jsonl", Kind::Jsonl(Compression::None)),
+        (".jsonl.gz", Kind::Jsonl(Compression::Gzip)),
+        (".jsonl.zst", Kind::Jsonl(Compression::Zstd)),
+        (".parquet", Kind::Parquet),
+    ];
+    kinds.into_iter().find(|(ending, _)| name.ends_with(ending)).map(|(_, kind)| kind)
 }
 
 fn input(path: &Path, kind: Kind, meta: &fs::Metadata) -> Input {

@@ -2,10 +2,12 @@
 //! into [`Inputs`], a fixed list of files, whose documents can be streamed any
 //! number of times in the same order.
 
+mod blocks;
 mod cargo;
 mod files;
-mod jsonl;
+pub(crate) mod jsonl;
 mod parquet;
+mod queue;
 mod text;
 
 use std::path::PathBuf;
@@ -15,6 +17,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::DataError;
 use crate::hash::hex;
+use jsonl::Compression;
 pub use text::TextSplit;
 
 /// One piece of text that is trained on, split and counted as a whole.
@@ -39,13 +42,19 @@ pub enum Source {
     },
     /// Files and folders.
     Files(FileOptions),
+    /// Conversations in lines of JSON; the text of a document is then the list of
+    /// its messages, as JSON.
+    Chat {
+        /// `.jsonl`, `.jsonl.zst` and `.jsonl.gz` files, and folders of them.
+        paths: Vec<PathBuf>,
+    },
 }
 
 /// Files and folders, and how they are taken apart.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct FileOptions {
-    /// Files (`.jsonl` and `.parquet` by their ending, all others as text) and
-    /// folders, searched for `.txt`, `.md`, `.jsonl`, `.parquet` and
+    /// Files (`.jsonl`, `.jsonl.zst`, `.jsonl.gz` and `.parquet` by their ending,
+    /// all others as text) and folders, searched for `.txt`, `.md`, these and
     /// [`extensions`](Self::extensions).
     pub paths: Vec<PathBuf>,
     /// More endings, without the dot, of text files to take from folders.
@@ -71,7 +80,7 @@ impl Default for FileOptions {
 }
 
 /// A stream of documents, or the first error in it.
-pub type Documents<'a> = Box<dyn Iterator<Item = Result<Document, DataError>> + 'a>;
+type Documents<'a> = Box<dyn Iterator<Item = Result<Document, DataError>> + 'a>;
 
 /// How one input file is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,7 +89,7 @@ pub(crate) enum Kind {
     /// program wrote it.
     Package,
     Text,
-    Jsonl,
+    Jsonl(Compression),
     Parquet,
 }
 
@@ -102,6 +111,8 @@ pub(crate) struct Input {
 pub struct Inputs {
     inputs: Vec<Input>,
     options: FileOptions,
+    /// Whether a line of JSON is a conversation.
+    chat: bool,
     missing_packages: Vec<String>,
     packages: usize,
 }
@@ -119,6 +130,7 @@ impl Source {
                 Ok(Inputs {
                     inputs: found.inputs,
                     options: FileOptions::default(),
+                    chat: false,
                     missing_packages: found.missing,
                     packages: found.packages,
                 })
@@ -126,9 +138,20 @@ impl Source {
             Self::Files(options) => Ok(Inputs {
                 inputs: files::find(options)?,
                 options: options.clone(),
+                chat: false,
                 missing_packages: Vec::new(),
                 packages: 0,
             }),
+            Self::Chat { paths } => {
+                let options = FileOptions { paths: paths.clone(), ..FileOptions::default() };
+                Ok(Inputs {
+                    inputs: files::find_conversations(&options)?,
+                    options,
+                    chat: true,
+                    missing_packages: Vec::new(),
+                    packages: 0,
+                })
+            }
         }
     }
 }
@@ -170,25 +193,12 @@ impl Inputs {
         hex(&hash.finalize())
     }
 
-    /// All documents, in the same order each time. `on_file` is told the bytes
-    /// of each file before it is read.
-    pub fn documents<'a>(&'a self, mut on_file: impl FnMut(u64) + 'a) -> Documents<'a> {
-        Box::new(self.inputs.iter().flat_map(move |input| {
-            on_file(input.size);
-            self.read(input)
-        }))
-    }
-
-    fn read<'a>(&'a self, input: &'a Input) -> Documents<'a> {
-        match input.kind {
-            Kind::Package => match cargo::read(input) {
-                Ok(document) => Box::new(document.into_iter().map(Ok)),
-                Err(e) => Box::new(std::iter::once(Err(e))),
-            },
-            Kind::Text => text::documents(input, &self.options.split),
-            Kind::Jsonl => jsonl::documents(input, &self.options.field),
-            Kind::Parquet => parquet::documents(input, &self.options.column),
+    /// The documents of lines of JSON.
+    fn parse_lines(&self, input: &Input, lines: &jsonl::Lines) -> Vec<Result<Document, DataError>> {
+        if self.chat {
+            return jsonl::documents(lines, input, &crate::chat::canonical);
         }
+        jsonl::documents(lines, input, &|object| jsonl::field(object, &self.options.field))
     }
 }
 

@@ -3,8 +3,6 @@
 //! A template comes from a model file, so it is not trusted: it reaches nothing
 //! but the conversation, and its steps are counted.
 
-use anyhow::Context;
-use bitnet_core::ExitError;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 
@@ -14,33 +12,53 @@ const FUEL: u64 = 5_000_000;
 
 /// Who speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Role {
+pub enum Role {
+    /// What the model is told before the conversation.
     System,
+    /// Who asks.
     User,
+    /// The model.
     Assistant,
+    /// What a tool answers.
+    Tool,
 }
 
 impl Role {
     /// The name that templates know.
-    fn name(self) -> &'static str {
+    #[must_use]
+    pub fn name(self) -> &'static str {
         match self {
             Self::System => "system",
             Self::User => "user",
             Self::Assistant => "assistant",
+            Self::Tool => "tool",
         }
     }
 }
 
 /// What was said.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Message {
-    pub(crate) role: Role,
-    pub(crate) content: String,
+pub struct Message {
+    /// By whom.
+    pub role: Role,
+    /// The text.
+    pub content: String,
+}
+
+/// A template that cannot be used, or that refuses a conversation.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// No Jinja.
+    #[error("not a template that can be read")]
+    Parse(#[source] Error),
+    /// What the template raised, or that it takes too many steps.
+    #[error("the model's chat template refuses the conversation")]
+    Render(#[source] Error),
 }
 
 /// A template, parsed.
 #[derive(Debug)]
-pub(crate) struct Template {
+pub struct Template {
     environment: Environment<'static>,
     bos: String,
     eos: String,
@@ -50,11 +68,12 @@ impl Template {
     /// Parses a template; `bos` and `eos` are the names it may use.
     ///
     /// # Errors
-    /// A template that is no Jinja (exit code 3).
-    pub(crate) fn new(source: &str, bos: String, eos: String) -> anyhow::Result<Self> {
+    /// [`TemplateError::Parse`].
+    pub fn new(source: &str, bos: String, eos: String) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
         // As transformers sets them.
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        let syntax = syntax.map_err(TemplateError::Parse)?;
         environment.set_syntax(syntax);
         environment.set_fuel(Some(FUEL));
         environment
@@ -62,18 +81,15 @@ impl Template {
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment
-            .add_template_owned("chat", source.to_owned())
-            .map_err(ExitError::bad_input)
-            .context("not a template that can be read")?;
+        environment.add_template_owned("chat", source.to_owned()).map_err(TemplateError::Parse)?;
         Ok(Self { environment, bos, eos })
     }
 
-    /// The prompt for the next answer.
+    /// The conversation as text; with `prompt`, up to where the next answer begins.
     ///
     /// # Errors
-    /// What the template raises (exit code 3).
-    pub(crate) fn render(&self, messages: &[Message]) -> anyhow::Result<String> {
+    /// [`TemplateError::Render`].
+    pub fn render(&self, messages: &[Message], prompt: bool) -> Result<String, TemplateError> {
         let messages: Vec<Value> = messages
             .iter()
             .map(|m| context! { role => m.role.name(), content => m.content.as_str() })
@@ -82,13 +98,12 @@ impl Template {
             messages => messages,
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
-            add_generation_prompt => true,
+            add_generation_prompt => prompt,
         };
         self.environment
             .get_template("chat")
             .and_then(|t| t.render(values))
-            .map_err(ExitError::bad_input)
-            .context("the model's chat template refuses the conversation")
+            .map_err(TemplateError::Render)
     }
 }
 
@@ -103,13 +118,13 @@ mod tests {
         {% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}\
         {% endif %}";
 
-    fn render(source: &str) -> anyhow::Result<String> {
+    fn render(source: &str) -> Result<String, TemplateError> {
         let messages = [
             Message { role: Role::User, content: " Hi ".into() },
             Message { role: Role::Assistant, content: "Hello.".into() },
             Message { role: Role::User, content: "Bye".into() },
         ];
-        Template::new(source, "<B>".into(), "<E>".into())?.render(&messages)
+        Template::new(source, "<B>".into(), "<E>".into())?.render(&messages, true)
     }
 
     #[test]
@@ -138,9 +153,8 @@ mod tests {
             ),
         ] {
             let error = render(source).unwrap_err();
-            let text = bitnet_core::exit::chain(error.as_ref());
+            let text = bitnet_core::exit::chain(&error);
             assert!(text.contains(part), "{text}");
-            assert_eq!(bitnet_core::exit::code_of(error.as_ref()).code(), 3);
         }
     }
 }

@@ -1,29 +1,30 @@
 //! A source into a prepared folder: scan, tokenizer, shards, manifest. The
 //! manifest is written last, so that whatever stops it leaves a folder that is
-//! plainly incomplete.
+//! plainly incomplete; the same command then goes on behind the last whole shard.
 
-use std::fs;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+pub(crate) mod folder;
+mod journal;
+mod pack;
+mod write;
+
+use std::io::Write;
+use std::path::PathBuf;
 
 use bitnet_format::atomic::write_atomic;
-use rayon::prelude::*;
 
+pub(crate) use self::journal::shard_name;
+use self::journal::{Identity, Journal};
+use crate::chat::{self, ChatOptions};
 use crate::dataset::{Dataset, Split};
 use crate::error::DataError;
-use crate::hash::{document_key, hex};
+use crate::hash::{hex, sha256};
 use crate::manifest::{
-    MANIFEST_FILE, MANIFEST_VERSION, Manifest, Request, ShardInfo, SplitInfo, TOKENIZER_FILE,
-    TokenizerInfo,
+    ChatRequest, MANIFEST_FILE, MANIFEST_VERSION, Manifest, Request, TEMPLATE_FILE, TokenizerInfo,
 };
+use crate::part::{KEYS_FILE, Part, PartInfo};
 use crate::scan::{Limits, Plan, scan};
-use crate::shard::ShardWriter;
-use crate::source::{Document, Inputs, Source};
+use crate::source::{Inputs, Source};
 use crate::tokenizer::{END_OF_TEXT, Tokenizer, check_vocab_size};
-
-/// Text gathered before the threads tokenise it. Large enough that they all
-/// have work, small enough that memory stays flat.
-const BATCH_BYTES: usize = 4 << 20;
 
 /// What to prepare, and where.
 #[derive(Debug, Clone)]
@@ -51,7 +52,14 @@ pub struct PrepareOptions {
     pub seed: u64,
     /// Tokens after which a new shard begins.
     pub shard_tokens: u64,
-    /// Replace what the folder holds.
+    /// Keep copies of a document. Memory then does not grow with the number of
+    /// documents; otherwise some 36 bytes each are held.
+    pub keep_duplicates: bool,
+    /// Prepare one part of the corpus only; needs a given tokenizer.
+    pub part: Option<Part>,
+    /// How to render conversations; given with [`Source::Chat`], and only there.
+    pub chat: Option<ChatOptions>,
+    /// Replace what the folder holds, also what an interrupted run left.
     pub force: bool,
 }
 
@@ -72,6 +80,9 @@ impl PrepareOptions {
             validation_share: 0.01,
             seed: 0,
             shard_tokens: 1 << 26,
+            keep_duplicates: false,
+            part: None,
+            chat: None,
             force: false,
         }
     }
@@ -79,6 +90,32 @@ impl PrepareOptions {
     fn validate(&self) -> Result<(), DataError> {
         if self.tokenizer.is_none() {
             check_vocab_size(self.vocab_size)?;
+        }
+        if self.chat.is_some() != matches!(self.source, Source::Chat { .. }) {
+            return Err(DataError::option(
+                "--context",
+                "belongs to `prepare chat`, which needs it",
+            ));
+        }
+        if let Some(chat) = &self.chat {
+            if self.tokenizer.is_none() {
+                let what = "needs --tokenizer: that of the model to tune";
+                return Err(DataError::option("chat", what));
+            }
+            if !(1..1 << 24).contains(&chat.context) {
+                let what = format!("{} is outside 1 to {}", chat.context, (1 << 24) - 1);
+                return Err(DataError::option("--context", what));
+            }
+        }
+        if self.part.is_some() && self.tokenizer.is_none() {
+            let what = "needs --tokenizer: all parts must have the same, and a part sees only \
+                        its own documents";
+            return Err(DataError::option("--part", what));
+        }
+        if self.keep_duplicates && self.max_bytes.is_some() {
+            let what = "cannot be combined with --max-bytes, which takes a sample of different \
+                        documents";
+            return Err(DataError::option("--keep-duplicates", what));
         }
         if !(0.0..=0.5).contains(&self.validation_share) {
             let what = format!("{} is outside 0 to 0.5", self.validation_share);
@@ -121,10 +158,14 @@ pub struct Prepared {
     pub manifest: Manifest,
     /// Whether it was there already and nothing was done.
     pub reused: bool,
+    /// Shards taken over from a run that was interrupted.
+    pub resumed_shards: usize,
 }
 
 /// Makes `options.output` a prepared folder. A folder that already holds the
-/// answer to the same request on the same input is left as it is.
+/// answer to the same request on the same input is left as it is; one in which
+/// that answer is unfinished is finished, and comes out byte for byte as if it had
+/// never been interrupted.
 ///
 /// # Errors
 /// [`DataError::Option`] and [`DataError::Output`] for what cannot be asked
@@ -137,56 +178,61 @@ pub fn prepare(
     options.validate()?;
     let given = options.tokenizer.as_deref().map(Tokenizer::from_file).transpose()?;
     let inputs = options.source.open()?;
-    let request = request(options, given.as_ref());
+    let template = template(options, progress)?;
+    let request = request(options, given.as_ref(), template.as_deref());
     if let Some(manifest) = existing(options, &request, &inputs)? {
-        return Ok(Prepared { manifest, reused: true });
+        journal::remove(&options.output)?;
+        return Ok(Prepared { manifest, reused: true, resumed_shards: 0 });
     }
     note_missing_packages(&inputs, progress);
-
-    let limits = Limits {
-        max_bytes: options.max_bytes,
-        sample_bytes: if given.is_some() { 0 } else { options.tokenizer_bytes },
-        validation_share: options.validation_share,
-        seed: options.seed,
-    };
-    let mut plan = scan(&inputs, &limits, progress)?;
-    if plan.keys.is_empty() {
+    let mut plan = scan(&inputs, &limits(options), progress)?;
+    if plan.input.count == 0 {
         let what =
             format!("no text in {} files ({} documents, all empty)", inputs.files(), plan.empty);
         return Err(DataError::Empty { what });
     }
-    let tokenizer = match given {
-        Some(tokenizer) => tokenizer,
-        None => train(&plan, options.vocab_size, progress)?,
-    };
-    plan.sample = Vec::new();
-    let eos_id = eos_id(options, &tokenizer)?;
-
-    clear(&options.output)?;
-    write_atomic(options.output.join(TOKENIZER_FILE), |w| {
-        w.write_all(tokenizer.to_json().as_bytes())
-    })
-    .map_err(DataError::Write)?;
-    let corpus_hash = plan.corpus_hash();
-    let (documents, bytes) = (plan.keys.len() as u64, plan.bytes);
-    let (duplicates, empty, beyond_cap) = (plan.duplicates, plan.empty, plan.beyond_cap);
-    let [train, validation] = write_shards(&inputs, plan, &tokenizer, eos_id, options, progress)?;
-    let manifest = Manifest {
-        version: MANIFEST_VERSION,
+    let sorted_keys = plan.sorted_keys();
+    let identity = Identity {
         program: concat!("bitnet-data ", env!("CARGO_PKG_VERSION")).into(),
         name: options.name.clone(),
         request,
         source_fingerprint: inputs.fingerprint(),
+        corpus_hash: plan.corpus_hash(&sorted_keys),
+    };
+    let found = (!options.force).then(|| Journal::load(&options.output, &identity)).flatten();
+    let tokenizer = match (given, &found) {
+        (Some(tokenizer), _) => tokenizer,
+        (None, Some(found)) => found.tokenizer.clone(),
+        (None, None) => train(&plan, options.vocab_size, progress)?,
+    };
+    plan.sample = Vec::new();
+    let eos_id = eos_id(options, &tokenizer)?;
+    let mut journal = Journal::start(&options.output, identity, found, &tokenizer, progress)?;
+    let resumed_shards = journal.shards();
+    write_beside(options, &plan, sorted_keys, template.as_deref())?;
+
+    let (duplicates, empty, beyond_cap) = (plan.duplicates, plan.empty, plan.beyond_cap);
+    let part = part_info(options, &plan);
+    let encoder = write::Encoder::new(options, template.as_deref(), &tokenizer, eos_id)?;
+    let written = write::shards(&inputs, plan, &encoder, options, &mut journal, progress)?;
+    let write::Written { train, validation, chat } = written;
+    let identity = journal.into_identity();
+    let manifest = Manifest {
+        version: MANIFEST_VERSION,
+        program: identity.program,
+        name: identity.name,
+        request: identity.request,
+        source_fingerprint: identity.source_fingerprint,
         files: inputs.files() as u64,
         packages: inputs.packages() as u64,
         packages_missing: inputs.missing_packages().len() as u64,
-        documents,
-        bytes,
+        documents: train.documents + validation.documents,
+        bytes: train.bytes + validation.bytes,
         tokens: train.tokens + validation.tokens,
         duplicates,
         empty_documents: empty,
         beyond_cap,
-        corpus_hash,
+        corpus_hash: identity.corpus_hash,
         tokenizer: TokenizerInfo {
             sha256: tokenizer.hash_hex(),
             vocab_size: tokenizer.vocab_size(),
@@ -194,13 +240,74 @@ pub fn prepare(
         },
         train,
         validation,
+        part,
+        chat,
     };
     manifest.save(&options.output)?;
-    Ok(Prepared { manifest, reused: false })
+    journal::remove(&options.output)?;
+    Ok(Prepared { manifest, reused: false, resumed_shards })
 }
 
-fn request(options: &PrepareOptions, given: Option<&Tokenizer>) -> Request {
+fn limits(options: &PrepareOptions) -> Limits {
+    Limits {
+        max_bytes: options.max_bytes,
+        sample_bytes: if options.tokenizer.is_some() { 0 } else { options.tokenizer_bytes },
+        validation_share: options.validation_share,
+        seed: options.seed,
+        keep_duplicates: options.keep_duplicates,
+        part: options.part,
+    }
+}
+
+/// The files of a folder that are neither shards nor the tokenizer.
+fn write_beside(
+    options: &PrepareOptions,
+    plan: &Plan,
+    sorted_keys: Vec<u128>,
+    template: Option<&str>,
+) -> Result<(), DataError> {
+    if let Some(template) = template {
+        write_atomic(options.output.join(TEMPLATE_FILE), |w| w.write_all(template.as_bytes()))
+            .map_err(DataError::Write)?;
+    }
+    if options.part.is_some() && plan.keeps_keys() {
+        write_atomic(options.output.join(KEYS_FILE), |w| {
+            sorted_keys.iter().try_for_each(|key| w.write_all(&key.to_be_bytes()))
+        })
+        .map_err(DataError::Write)?;
+    }
+    Ok(())
+}
+
+fn part_info(options: &PrepareOptions, plan: &Plan) -> Option<PartInfo> {
+    options.part.map(|part| PartInfo {
+        part,
+        own_documents: plan.documents,
+        input_documents: plan.input.count,
+        input_hash: plan.input.hash(),
+        own_sum: (!plan.keeps_keys()).then(|| plan.own.sum_hex()),
+    })
+}
+
+/// The chat template's source; `None` for plain text.
+fn template(
+    options: &PrepareOptions,
+    progress: &mut dyn Progress,
+) -> Result<Option<String>, DataError> {
+    let (Some(chat), Some(tokenizer)) = (&options.chat, &options.tokenizer) else {
+        return Ok(None);
+    };
+    let (template, from) = chat::find_template(chat, tokenizer)?;
+    progress.note(&format!("chat template: {from}"));
+    Ok(Some(template))
+}
+
+fn request(options: &PrepareOptions, given: Option<&Tokenizer>, template: Option<&str>) -> Request {
     let trained = given.is_none();
+    let chat = options.chat.as_ref().zip(template).map(|(chat, template)| ChatRequest {
+        context: chat.context,
+        template_sha256: hex(&sha256(template.as_bytes())),
+    });
     Request {
         source: options.source.clone(),
         vocab_size: trained.then_some(options.vocab_size),
@@ -211,6 +318,9 @@ fn request(options: &PrepareOptions, given: Option<&Tokenizer>) -> Request {
         validation_share: options.validation_share,
         seed: options.seed,
         shard_tokens: options.shard_tokens,
+        keep_duplicates: options.keep_duplicates,
+        part: options.part,
+        chat,
     }
 }
 
@@ -252,18 +362,20 @@ fn existing(
 }
 
 /// The first key that two requests disagree on, with both values.
-fn first_difference(had: &Request, asked: &Request) -> String {
+pub(crate) fn first_difference(had: &Request, asked: &Request) -> String {
     let (had, asked) = (serde_json::to_value(had), serde_json::to_value(asked));
     let (Ok(serde_json::Value::Object(had)), Ok(serde_json::Value::Object(asked))) = (had, asked)
     else {
         return "unknown".into();
     };
-    had.iter().find(|(key, value)| asked.get(*key) != Some(value)).map_or_else(
+    // Keys that are left out mean what they meant before they existed.
+    let text = |map: &serde_json::Map<String, serde_json::Value>, key: &str| {
+        map.get(key).map_or_else(|| "none".to_owned(), ToString::to_string)
+    };
+    let mut keys = had.keys().chain(asked.keys());
+    keys.find(|key| had.get(*key) != asked.get(*key)).map_or_else(
         || "unknown".into(),
-        |(key, value)| {
-            let asked = asked.get(key).map(ToString::to_string).unwrap_or_default();
-            format!("{key} {value} there, {asked} asked for")
-        },
+        |key| format!("{key} {} there, {} asked for", text(&had, key), text(&asked, key)),
     )
 }
 
@@ -306,179 +418,5 @@ fn eos_id(options: &PrepareOptions, tokenizer: &Tokenizer) -> Result<u32, DataEr
             );
             DataError::option("--eos", what)
         }),
-    }
-}
-
-/// Removes what an earlier, perhaps unfinished, run left: the manifest first.
-fn clear(folder: &Path) -> Result<(), DataError> {
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(write_error(folder, e)),
-    };
-    let remove = |path: &Path| match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(write_error(path, e)),
-        _ => Ok(()),
-    };
-    remove(&folder.join(MANIFEST_FILE))?;
-    for entry in entries {
-        let path = entry.map_err(|e| write_error(folder, e))?.path();
-        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("");
-        // An unfinished file is called `.NAME.tmp-…`.
-        let final_name =
-            name.strip_prefix('.').and_then(|n| Some(n.split_once(".tmp-")?.0)).unwrap_or(name);
-        if is_ours(final_name) {
-            remove(&path)?;
-        }
-    }
-    Ok(())
-}
-
-fn is_ours(name: &str) -> bool {
-    let is_shard = |split: Split| {
-        name.strip_prefix(split.name())
-            .and_then(|n| n.strip_prefix('-')?.strip_suffix(".bin"))
-            .is_some_and(|n| n.len() == 5 && n.bytes().all(|b| b.is_ascii_digit()))
-    };
-    name == TOKENIZER_FILE
-        || name == MANIFEST_FILE
-        || is_shard(Split::Train)
-        || is_shard(Split::Validation)
-}
-
-fn write_error(path: &Path, e: io::Error) -> DataError {
-    DataError::Write(io::Error::new(e.kind(), format!("{}: {e}", path.display())))
-}
-
-/// The second pass: every planned document, tokenised in parallel, written in
-/// the order of the source.
-fn write_shards(
-    inputs: &Inputs,
-    mut plan: Plan,
-    tokenizer: &Tokenizer,
-    eos_id: u32,
-    options: &PrepareOptions,
-    progress: &mut dyn Progress,
-) -> Result<[SplitInfo; 2], DataError> {
-    progress.stage("tokenising", Some(plan.bytes));
-    let mut splits = [Split::Train, Split::Validation]
-        .map(|split| SplitWriter::new(split, tokenizer, eos_id, options));
-    let mut batch: Vec<(Document, bool)> = Vec::new();
-    let mut batch_bytes = 0;
-    for document in inputs.documents(|_| ()) {
-        if progress.interrupted() {
-            return Err(DataError::Interrupted);
-        }
-        let document = document?;
-        let key = document_key(&document.text);
-        // Each key once: later copies find it gone.
-        if !plan.keys.remove(&key) {
-            continue;
-        }
-        batch_bytes += document.text.len();
-        let validation = plan.is_validation(key);
-        batch.push((document, validation));
-        if batch_bytes >= BATCH_BYTES {
-            write_batch(&batch, tokenizer, &mut splits)?;
-            progress.advance(batch_bytes as u64);
-            batch.clear();
-            batch_bytes = 0;
-        }
-    }
-    write_batch(&batch, tokenizer, &mut splits)?;
-    progress.advance(batch_bytes as u64);
-    if !plan.keys.is_empty() {
-        let what = format!(
-            "{} documents changed or vanished while they were read; run it again",
-            plan.keys.len()
-        );
-        return Err(DataError::Empty { what });
-    }
-    let [train, validation] = splits;
-    Ok([train.finish()?, validation.finish()?])
-}
-
-fn write_batch(
-    batch: &[(Document, bool)],
-    tokenizer: &Tokenizer,
-    splits: &mut [SplitWriter<'_>; 2],
-) -> Result<(), DataError> {
-    let encoded: Vec<Vec<u32>> = batch
-        .par_iter()
-        .map(|(document, _)| {
-            tokenizer
-                .encode(&document.text)
-                .map_err(|e| DataError::Tokenizer(format!("{}: {e}", document.name)))
-        })
-        .collect::<Result<_, _>>()?;
-    for ((document, validation), tokens) in batch.iter().zip(&encoded) {
-        splits[usize::from(*validation)].push(document.text.len() as u64, tokens)?;
-    }
-    Ok(())
-}
-
-/// Writes the shards of one split, one after the other.
-struct SplitWriter<'a> {
-    split: Split,
-    tokenizer: &'a Tokenizer,
-    eos_id: u32,
-    options: &'a PrepareOptions,
-    shard: Option<ShardWriter>,
-    info: SplitInfo,
-}
-
-impl<'a> SplitWriter<'a> {
-    fn new(
-        split: Split,
-        tokenizer: &'a Tokenizer,
-        eos_id: u32,
-        options: &'a PrepareOptions,
-    ) -> Self {
-        Self { split, tokenizer, eos_id, options, shard: None, info: SplitInfo::default() }
-    }
-
-    fn push(&mut self, bytes: u64, tokens: &[u32]) -> Result<(), DataError> {
-        let after = |shard: &ShardWriter| shard.tokens() + tokens.len() as u64 + 1;
-        if self.shard.as_ref().is_some_and(|s| after(s) > self.options.shard_tokens) {
-            self.finish_shard()?;
-        }
-        if self.shard.is_none() {
-            self.shard = Some(ShardWriter::create(
-                &self.options.output.join(self.file_name()),
-                self.tokenizer.vocab_size(),
-                self.eos_id,
-                self.tokenizer.hash(),
-            )?);
-        }
-        if let Some(shard) = &mut self.shard {
-            shard.push_document(tokens)?;
-        }
-        self.info.documents += 1;
-        self.info.bytes += bytes;
-        self.info.tokens += tokens.len() as u64 + 1;
-        Ok(())
-    }
-
-    fn file_name(&self) -> String {
-        format!("{}-{:05}.bin", self.split.name(), self.info.shards.len())
-    }
-
-    fn finish_shard(&mut self) -> Result<(), DataError> {
-        if let Some(shard) = self.shard.take() {
-            let file = self.file_name();
-            let header = shard.finish()?;
-            self.info.shards.push(ShardInfo {
-                file,
-                documents: header.documents,
-                tokens: header.tokens,
-                sha256: hex(&header.payload_sha256),
-            });
-        }
-        Ok(())
-    }
-
-    fn finish(mut self) -> Result<SplitInfo, DataError> {
-        self.finish_shard()?;
-        Ok(self.info)
     }
 }
