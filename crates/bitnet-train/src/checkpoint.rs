@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, process};
 
 use bitnet_core::ModelConfig;
-use bitnet_data::{BatchState, Tokenizer};
+use bitnet_data::{StreamState, Tokenizer};
 use bitnet_format::atomic::AtomicDir;
 use bitnet_format::hf::{self, SpecialTokens, TensorFile, TensorFileWriter};
 use serde::{Deserialize, Serialize};
@@ -50,7 +50,7 @@ pub struct State {
     /// Seconds of training so far.
     pub seconds: f64,
     /// Where the stream of batches stands.
-    pub batches: BatchState,
+    pub batches: StreamState,
     /// The step of the last evaluation.
     pub evaluated_at: Option<u64>,
     /// Its result, in nats per token.
@@ -66,7 +66,7 @@ pub struct State {
 impl State {
     /// The state of a run that has not begun.
     #[must_use]
-    pub fn new(batches: BatchState, corpus_hash: String, tokenizer_sha256: String) -> Self {
+    pub fn new(batches: StreamState, corpus_hash: String, tokenizer_sha256: String) -> Self {
         Self {
             version: VERSION,
             step: 0,
@@ -286,6 +286,8 @@ pub(crate) fn difference(found: &ModelConfig, expected: &ModelConfig) -> String 
 
 #[cfg(test)]
 mod tests {
+    use bitnet_data::BatchState;
+
     use super::*;
 
     fn fake(run: &Path, name: &str, files: &[&str]) {
@@ -325,7 +327,7 @@ mod tests {
         let run = tempfile::tempdir().unwrap();
         let path = run.path().join(STATE);
         let batches = BatchState { epoch: 1, position: 2, seed: 3, windows: 4 };
-        let state = State::new(batches, "a".into(), "b".into());
+        let state = State::new(StreamState::Single(batches), "a".into(), "b".into());
         write_json(&path, &state).unwrap();
         assert_eq!(load_state(run.path()).unwrap(), state);
         let good = fs::read_to_string(&path).unwrap();

@@ -9,6 +9,7 @@ use serde::de::{self, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::TrainError;
+pub use crate::corpus::{DataConfig, MixtureConfig, Reduction};
 use crate::distill::DistillConfig;
 use crate::optim::OptimizerConfig;
 use crate::schedule::ScheduleConfig;
@@ -54,20 +55,6 @@ pub struct TrainConfig {
     /// What is recorded.
     #[serde(default)]
     pub metrics: MetricsConfig,
-}
-
-/// The `[data]` table.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DataConfig {
-    /// The folder that `bitnet-data prepare` wrote (`--data`).
-    pub dir: PathBuf,
-    /// Seed of the order of the sequences.
-    pub seed: u64,
-    /// Whether a token sees those of its own document alone. The default lets it
-    /// see all before it in its sequence.
-    #[serde(default)]
-    pub mask_documents: bool,
 }
 
 /// The `[batch]` table.
@@ -190,6 +177,7 @@ impl TrainConfig {
         }
         self.model.validate()?;
         self.validate_batch()?;
+        self.data.validate()?;
         self.schedule.validate()?;
         self.quantization.validate(&self.model)?;
         if let Some(distill) = &self.distill {
@@ -253,7 +241,13 @@ pub(crate) mod tests {
             start: None,
             quantization: StageConfig::default(),
             distill: None,
-            data: DataConfig { dir: dir.join("data"), seed: 2, mask_documents: false },
+            data: DataConfig {
+                dir: dir.join("data"),
+                seed: 2,
+                mask_documents: false,
+                loss: Reduction::Mean,
+                mixture: Vec::new(),
+            },
             batch: BatchConfig { tokens: 128, sequence: 32, micro_batch: 2, recompute: false },
             schedule: ScheduleConfig {
                 kind: ScheduleKind::TwoStage,

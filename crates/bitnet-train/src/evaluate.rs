@@ -1,50 +1,22 @@
 //! What the model can do so far: validation loss, samples, golden logits. All of
 //! it is a function of the weights, the config and the step.
 
-use bitnet_data::{Batch, Dataset, Tokenizer};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use bitnet_data::{Dataset, Tokenizer};
+use burn::tensor::Device;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::TrainError;
 use crate::checkpoint::Golden;
 use crate::config::SampleConfig;
-use crate::distill::Examples;
+use crate::corpus::{self, Reduction, ids};
+use crate::distill;
 use crate::model::Transformer;
 
 /// Tokens of the golden prompt: enough for every attention head to have a past.
 const GOLDEN_TOKENS: u64 = 32;
 
-/// Token ids as a tensor `[rows, ids / rows]`.
-pub(crate) fn ids(ids: &[u32], rows: usize, device: &Device) -> Tensor<2, Int> {
-    // A vocabulary is checked to be far below 2^31.
-    let values: Vec<i32> = ids.iter().map(|&id| id as i32).collect();
-    let columns = values.len() / rows.max(1);
-    Tensor::from_data(TensorData::new(values, [rows, columns]), device)
-}
-
-/// A batch as the model learns from it. `end`: the token that ends a document,
-/// where documents do not see each other.
-pub(crate) fn examples(batch: &Batch, end: Option<u32>, device: &Device) -> Examples {
-    let (tokens, targets) = tensors(batch, device);
-    let documents = end.map(|end| document_lengths(&batch.inputs, batch.context, end).into());
-    Examples { tokens, targets, documents, weights: None }
-}
-
-/// The lengths of the parts of documents in windows of `context` tokens, in order:
-/// a part ends with the token `end`, or with its window.
-fn document_lengths(tokens: &[u32], context: usize, end: u32) -> Vec<usize> {
-    let window =
-        |w: &[u32]| -> Vec<usize> { w.split_inclusive(|&t| t == end).map(<[u32]>::len).collect() };
-    tokens.chunks(context).flat_map(window).collect()
-}
-
-/// Inputs and targets of a batch, both `[B, T]`.
-pub(crate) fn tensors(batch: &Batch, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
-    (ids(&batch.inputs, batch.batch, device), ids(&batch.targets, batch.batch, device))
-}
-
-/// The mean loss, in nats per token, over the first `windows` windows (0: all)
+/// The mean loss, in nats per token that counts, over the first `windows` windows (0: all)
 /// of `context` tokens of a split, in order, and the number of tokens predicted.
 /// `rows` windows go through the model at once.
 ///
@@ -64,9 +36,8 @@ pub fn validation_loss(
     while left > 0 {
         let rows = rows.min(usize::try_from(left).unwrap_or(usize::MAX));
         let Some(batch) = all.next_batch(rows)? else { break };
-        let (inputs, targets) = tensors(&batch, device);
-        let mean: f32 = model.loss(inputs, targets).into_scalar();
-        let tokens = batch.inputs.len() as u64;
+        let (examples, tokens) = corpus::examples(&batch, None, Reduction::Mean, device);
+        let mean: f32 = distill::loss(model, &examples, None).into_scalar();
         sum += f64::from(mean) * tokens as f64;
         count += tokens;
         left -= batch.batch as u64;
@@ -156,13 +127,6 @@ fn choose(logits: &[f32], temperature: f64, u: f64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn documents_end_with_their_token_or_their_window() {
-        let tokens = [5, 0, 7, 8, 0, 0, 3, 4, 0, 1, 2, 3];
-        assert_eq!(document_lengths(&tokens, 4, 0), [2, 2, 1, 1, 2, 1, 3]);
-        assert_eq!(document_lengths(&tokens, 12, 9), [12]);
-    }
 
     #[test]
     fn chooses_by_weight() {

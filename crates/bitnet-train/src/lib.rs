@@ -6,6 +6,7 @@
 pub mod checkpoint;
 pub mod config;
 pub mod config_file;
+pub mod corpus;
 pub mod device;
 pub mod distill;
 mod error;

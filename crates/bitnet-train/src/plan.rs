@@ -9,9 +9,10 @@ use bitnet_data::{Dataset, Split};
 use serde::Serialize;
 
 use crate::config::TrainConfig;
+use crate::corpus;
 use crate::device::DeviceChoice;
 use crate::estimate::{self, Parts};
-use crate::run::{RunOptions, check_data};
+use crate::run::RunOptions;
 use crate::{TrainError, config_file, memory};
 
 /// What an estimate may be short of the peak by: a micro-batch is chosen so that
@@ -59,7 +60,7 @@ pub fn dry_run(options: &RunOptions) -> Result<Plan, TrainError> {
     let train = Dataset::open(&config.data.dir, Split::Train)?;
     let validation = Dataset::open(&config.data.dir, Split::Validation)?;
     let tokenizer = train.tokenizer()?;
-    check_data(&config, &train, &validation, &tokenizer)?;
+    corpus::check(&config, &train, &validation, &tokenizer)?;
     resolve(&mut config, options, &train, &validation)?;
     Ok(Plan::new(&config, &train, &validation))
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use bitnet_data::{BatchStream, Dataset, Split, Tokenizer};
+use bitnet_data::{Dataset, Split, TokenStream, Tokenizer};
 use bitnet_format::atomic::write_atomic;
 use burn::module::Module;
 use burn::tensor::Device;
@@ -17,6 +17,7 @@ use serde::Serialize;
 
 use crate::checkpoint::{self, Snapshot, State};
 use crate::config::TrainConfig;
+use crate::corpus::{self, Reduction};
 use crate::device::DeviceChoice;
 use crate::distill::{Examples, Teacher};
 use crate::error::with_path;
@@ -147,7 +148,9 @@ struct Trainer<'r> {
     choice: DeviceChoice,
     device: Device,
     optimizer: Optimizer,
-    stream: BatchStream,
+    stream: TokenStream,
+    /// The token that ends a document.
+    eos: u32,
     validation: Dataset,
     tokenizer: Tokenizer,
     teacher: Option<Teacher>,
@@ -174,10 +177,10 @@ impl<'r> Trainer<'r> {
     ) -> Result<(Self, Transformer), TrainError> {
         let mut config = options.config.clone();
         config.validate()?;
-        let train = Dataset::open(&config.data.dir, Split::Train)?;
+        let train = Arc::new(Dataset::open(&config.data.dir, Split::Train)?);
         let validation = Dataset::open(&config.data.dir, Split::Validation)?;
         let tokenizer = train.tokenizer()?;
-        check_data(&config, &train, &validation, &tokenizer)?;
+        corpus::check(&config, &train, &validation, &tokenizer)?;
         let device = options.device.open()?.autodiff();
         if ranks.size() > 1 && config.batch.micro_batch == 0 {
             let what = "batch.micro_batch = \"auto\" knows one process; give a number";
@@ -201,13 +204,14 @@ impl<'r> Trainer<'r> {
                 std::io::Write::write_all(w, text.as_bytes())
             })?;
         }
-        let corpus = train.manifest().corpus_hash.clone();
+        let corpus_hash = train.manifest().corpus_hash.clone();
         let data = Data::of(&config.data.dir, train.manifest());
-        let mut stream = BatchStream::new(train, config.batch.sequence, config.data.seed)?;
+        let eos = train.eos_id();
+        let mut stream = corpus::stream(&config, Arc::clone(&train))?;
         let mut model = Transformer::new(&config.model, config.seed, &device);
         let host = options.device.is_host();
         let mut optimizer = Optimizer::new(&config.optimizer, &model, &device, host);
-        let mut state = State::new(stream.state(), corpus, tokenizer.hash_hex());
+        let mut state = State::new(stream.state(), corpus_hash, tokenizer.hash_hex());
         let mut notes = Vec::new();
         if let (Some(from), None) = (&config.start, &found) {
             let start;
@@ -222,7 +226,7 @@ impl<'r> Trainer<'r> {
             let saved = checkpoint::load_state(path)?;
             check_resumed(path, &saved, &state, &config)?;
             model = checkpoint::load(path, &config.model, model, &mut optimizer)?;
-            stream = resume_stream(&stream, &config, &saved, path)?;
+            stream = corpus::resume(&config, train, &saved.batches, path)?;
             state = saved;
             let now = Trits::of(&model, state.step);
             trits = now.map_or(Ok(None), |now| Trits::load(path, &now))?;
@@ -261,6 +265,7 @@ impl<'r> Trainer<'r> {
             device,
             optimizer,
             stream,
+            eos,
             validation,
             tokenizer,
             state,
@@ -434,31 +439,38 @@ impl<'r> Trainer<'r> {
         let before = self.stream.clone();
         let micro_steps = self.config.batch.micro_steps();
         let mut sum = GradientSum::default();
-        let mut loss = 0.0;
+        // Of all tokens that count, in nats.
+        let (mut nats, mut counted) = (0.0, 0.0);
         let mut waited = Duration::ZERO;
-        let end = self.config.data.mask_documents.then_some(self.stream.dataset().eos_id());
+        let (step, rows) = (self.state.step, self.config.batch.micro_batch);
+        let (data, all) = (&self.config.data, (rows * self.config.batch.sequence) as f64);
+        let (end, reduction) = (data.mask_documents.then_some(self.eos), data.loss);
         let mut stopped = false;
         for micro in 0..micro_steps {
             self.progress.tick();
             let waiting = Instant::now();
-            let batch = self.stream.next_batch(self.config.batch.micro_batch)?;
-            waited += waiting.elapsed();
             if micro % self.ranks.size() != self.ranks.rank() {
+                self.stream.skip(step, rows as u64);
                 continue;
             }
+            let batch = self.stream.next_batch(step, rows)?;
+            waited += waiting.elapsed();
             stopped |= stop.requested();
             if stopped {
                 break;
             }
-            let examples = evaluate::examples(&batch, end, &self.device);
+            let (examples, tokens) = corpus::examples(&batch, end, reduction, &self.device);
             let value = f64::from(self.gradients(&model, &examples, &mut sum));
-            loss += value / micro_steps as f64;
+            let masked_sum = reduction == Reduction::Sum && batch.loss_mask.is_some();
+            nats += value * if masked_sum { all } else { tokens as f64 };
+            counted += tokens as f64;
         }
         if self.ranks.any(stopped) {
             self.stream = before;
             return Ok((model, None));
         }
-        let loss = self.ranks.sum_f64(loss);
+        let counted = self.ranks.sum_f64(counted).max(1.0);
+        let loss = self.ranks.sum_f64(nats) / counted;
         if !loss.is_finite() {
             return Err(self.non_finite("the loss", loss));
         }
@@ -615,29 +627,6 @@ impl std::fmt::Display for Summary {
     }
 }
 
-/// What can only be checked against the data.
-pub(crate) fn check_data(
-    config: &TrainConfig,
-    train: &Dataset,
-    validation: &Dataset,
-    tokenizer: &Tokenizer,
-) -> Result<(), TrainError> {
-    let vocab = config.model.vocab_size;
-    for (what, needed) in [("shards", train.vocab_size()), ("tokenizer", tokenizer.vocab_size())] {
-        if (needed as usize) > vocab {
-            let dir = config.data.dir.display();
-            let reason = format!("the {what} in {dir} have a vocabulary of {needed} tokens");
-            return Err(TrainError::value("model.vocab_size", vocab, reason));
-        }
-    }
-    // A split too short for one window is an error before anything is written.
-    validation.windows(config.batch.sequence)?;
-    for prompt in &config.sample.prompts {
-        tokenizer.encode(prompt)?;
-    }
-    Ok(())
-}
-
 /// Makes the run folder and claims it, so that two runs never write into one.
 fn lock(run_dir: &Path) -> Result<File, TrainError> {
     fs::create_dir_all(run_dir).map_err(with_path(run_dir))?;
@@ -688,19 +677,4 @@ fn check_resumed(
         return Err(TrainError::value("schedule.steps", config.schedule.steps, reason));
     }
     Ok(())
-}
-
-fn resume_stream(
-    fresh: &BatchStream,
-    config: &TrainConfig,
-    saved: &State,
-    path: &Path,
-) -> Result<BatchStream, TrainError> {
-    if saved.batches.seed != config.data.seed {
-        let reason =
-            format!("the checkpoint {} was trained with {}", path.display(), saved.batches.seed);
-        return Err(TrainError::value("data.seed", config.data.seed, reason));
-    }
-    let dataset = Dataset::open(fresh.dataset().folder(), Split::Train)?;
-    Ok(BatchStream::from_state(dataset, config.batch.sequence, saved.batches)?)
 }
