@@ -33,6 +33,8 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const KIND: &str = "optimizer";
 const STATE: &str = "state.json";
 const GOLDEN: &str = "golden.json";
+/// In the folders of chats that `bitnet-data` prepares, and in Hugging Face's.
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
 const FILES: [&str; 6] = [MODEL, CONFIG, TOKENIZER, OPTIMIZER, STATE, GOLDEN];
 
 /// `state.json`: where the run stands beside its tensors. There is no generator
@@ -105,6 +107,8 @@ pub struct Snapshot<'s> {
     pub optimizer: &'s Optimizer,
     /// The tokenizer.
     pub tokenizer: &'s Tokenizer,
+    /// The chat template that the data was rendered with.
+    pub chat_template: Option<&'s str>,
     /// The golden logits.
     pub golden: &'s Golden,
     /// The quantised weights last counted.
@@ -137,6 +141,10 @@ fn write_files(dir: &Path, s: &Snapshot<'_>) -> Result<(), TrainError> {
     write_json(&dir.join(CONFIG), &hf::to_json(s.config, special))?;
     let path = dir.join(TOKENIZER);
     fs::write(&path, s.tokenizer.to_json()).map_err(with_path(&path))?;
+    if let Some(template) = s.chat_template {
+        let path = dir.join(CHAT_TEMPLATE);
+        fs::write(&path, template).map_err(with_path(&path))?;
+    }
     let shapes = s.optimizer.state_shapes();
     let mut out = TensorFileWriter::create(
         dir.join(OPTIMIZER),
@@ -157,6 +165,19 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
     text.push(b'\n');
     let write = || fs::File::create(path)?.write_all(&text);
     Ok(write().map_err(with_path(path))?)
+}
+
+/// The chat template of a prepared folder; none where it holds no chats.
+///
+/// # Errors
+/// One that cannot be read.
+pub(crate) fn chat_template(data: &Path) -> io::Result<Option<String>> {
+    let path = data.join(CHAT_TEMPLATE);
+    match fs::read_to_string(&path) {
+        Ok(template) => Ok(Some(template)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(with_path(&path)(e)),
+    }
 }
 
 fn folder(run_dir: &Path) -> PathBuf {

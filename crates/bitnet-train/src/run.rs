@@ -153,6 +153,7 @@ struct Trainer<'r> {
     eos: u32,
     validation: Dataset,
     tokenizer: Tokenizer,
+    chat_template: Option<String>,
     teacher: Option<Teacher>,
     state: State,
     saved_at: Option<u64>,
@@ -268,6 +269,7 @@ impl<'r> Trainer<'r> {
             eos,
             validation,
             tokenizer,
+            chat_template: checkpoint::chat_template(&config.data.dir)?,
             state,
             end,
             config,
@@ -419,6 +421,7 @@ impl<'r> Trainer<'r> {
             model,
             optimizer: &self.optimizer,
             tokenizer: &self.tokenizer,
+            chat_template: self.chat_template.as_deref(),
             golden: &golden,
             trits: self.trits.as_ref(),
         };

@@ -192,3 +192,85 @@ fn masked_documents_change_what_is_seen() {
     assert_ne!(seen, masked);
     assert!(masked[39] < masked[0] - 1.0);
 }
+
+/// Two corpora whose weights change half-way, taken up again in both halves.
+#[test]
+fn a_mixture_changes_its_weights_and_is_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = config(dir.path(), "whole", &[]);
+    // The same texts split otherwise are another corpus with the same tokenizer.
+    let other = common::prepared_with(dir.path(), "other", 7, Some(&first.data.dir));
+    let set = [&format!(
+        "data.mixture=[{{dir={:?}, name=\"a\", weight=3.0, later=[[0.5, 0.0]]}}, {{dir={:?}, name=\"b\", weight=1.0}}]",
+        first.data.dir, other
+    ) as &str];
+    let whole = config(dir.path(), "whole", &set);
+    train(&whole).unwrap();
+    let parts = config(dir.path(), "parts", &set);
+    for until in [Some(9), Some(20), Some(31), None] {
+        let config = parts.clone();
+        let options = RunOptions { config, device: DeviceChoice::Cpu, resume: true, until };
+        run(&options, &Stop::default()).unwrap();
+    }
+    assert_eq!(losses(&parts), losses(&whole));
+    // Four sequences a step: 20 · 4 · 3/4 of the first, then none.
+    let state = |config: &TrainConfig| {
+        let last = checkpoint::list(&config.run_dir).unwrap().pop().unwrap().1;
+        checkpoint::load_state(&last).unwrap().batches
+    };
+    let bitnet_data::StreamState::Mixture(state) = state(&whole) else { panic!("a mixture") };
+    let given = |i: usize| state.sources[i].batches.position;
+    let windows = |i: usize| state.sources[i].batches.windows;
+    let read = |i: usize| state.sources[i].batches.epoch * windows(i) + given(i);
+    assert_eq!((read(0), read(1)), (60, 100));
+    let mut plain = parts.clone();
+    plain.data.mixture.clear();
+    let error = train(&plain).unwrap_err();
+    assert_eq!(error.exit(), Exit::BadInput);
+    assert!(error.to_string().contains("was trained with data.mixture"), "{error}");
+}
+
+/// A model learns the answers of a chat, and the questions not at all.
+#[test]
+fn a_chat_is_learned_where_the_assistant_speaks() {
+    use bitnet_data::{ChatOptions, PrepareOptions, Source, prepare};
+
+    let dir = tempfile::tempdir().unwrap();
+    let base = config(dir.path(), "base", &[]);
+    train(&base).unwrap();
+    let chat = dir.path().join("chat.jsonl");
+    let line = |i: usize| {
+        let (question, answer) =
+            [("the cat", "sees the moon"), ("a dog", "likes some bread")][i % 2];
+        format!(
+            "{{\"messages\":[{{\"role\":\"user\",\"content\":\"{question} {i}?\"}},{{\"role\":\"assistant\",\"content\":\"{answer}.\"}}]}}\n"
+        )
+    };
+    fs::write(&chat, (0..200).map(line).collect::<String>()).unwrap();
+    let data = dir.path().join("chat");
+    let template = dir.path().join("template.jinja");
+    fs::write(&template, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+        .unwrap();
+    let source = Source::Chat { paths: vec![chat] };
+    let options = PrepareOptions {
+        tokenizer: Some(base.data.dir.join("tokenizer.json")),
+        chat: Some(ChatOptions { context: 64, template: Some(template) }),
+        validation_share: 0.1,
+        ..PrepareOptions::new(source, &data)
+    };
+    prepare(&options, &mut ()).unwrap();
+    for (name, loss) in [("mean", "data.loss=mean"), ("sum", "data.loss=sum")] {
+        let set = [loss, "data.mask_documents=true", "schedule.steps=80"];
+        let mut tuned = config(dir.path(), name, &set);
+        tuned.data.dir.clone_from(&data);
+        tuned.start = Some(bitnet_train::start::StartConfig { from: base.run_dir.clone() });
+        let summary = train(&tuned).unwrap();
+        // Two answers, each known from its question: only they are counted.
+        assert!(summary.val_loss.unwrap() < 1.5, "{name}: {summary}");
+        assert!(losses(&tuned)[0] > 4.0);
+        // What turns a chat into text goes with the model.
+        let checkpoint = summary.checkpoint.unwrap();
+        let template = fs::read_to_string(checkpoint.join("chat_template.jinja")).unwrap();
+        assert!(template.contains("m.role"));
+    }
+}

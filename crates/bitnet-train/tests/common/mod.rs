@@ -28,6 +28,11 @@ fn corpus(folder: &Path) {
 
 /// The corpus as token shards with a vocabulary of 320, split by `seed`.
 pub(crate) fn prepared(dir: &Path, name: &str, seed: u64) -> PathBuf {
+    prepared_with(dir, name, seed, None)
+}
+
+/// The same, with the tokenizer of another prepared folder.
+pub(crate) fn prepared_with(dir: &Path, name: &str, seed: u64, like: Option<&Path>) -> PathBuf {
     let text = dir.join("text");
     if !text.exists() {
         corpus(&text);
@@ -36,6 +41,7 @@ pub(crate) fn prepared(dir: &Path, name: &str, seed: u64) -> PathBuf {
     let source = Source::Files(FileOptions { paths: vec![text], ..FileOptions::default() });
     let options = PrepareOptions {
         vocab_size: 320,
+        tokenizer: like.map(|folder| folder.join("tokenizer.json")),
         validation_share: 0.1,
         seed,
         ..PrepareOptions::new(source, &out)
