@@ -92,7 +92,8 @@ pub(crate) struct On {
     #[arg(long)]
     plain: bool,
 
-    /// cpu, ndarray, wgpu[:n] or cuda[:n] [default: cpu; of a run that is reproduced:
+    /// cpu, ndarray, wgpu[:n] or cuda[:n]; `rank` for n: the number that a launcher
+    /// gave this process on its machine.[default: cpu; of a run that is reproduced:
     /// its own].
     #[arg(long, value_name = "DEVICE")]
     device: Option<DeviceChoice>,

@@ -25,6 +25,7 @@ impl FromStr for DeviceChoice {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (kind, index) = match text.split_once(':') {
+            Some((kind, "rank")) => (kind, Some(local_rank(|name| std::env::var(name).ok()))),
             Some((kind, index)) => {
                 let index: usize =
                     index.parse().map_err(|_| format!("`{index}` is not a device's number"))?;
@@ -38,7 +39,7 @@ impl FromStr for DeviceChoice {
             ("cpu" | "ndarray", Some(_)) => Err(format!("{kind} takes no number")),
             ("wgpu", index) => Ok(Self::Wgpu(index)),
             ("cuda", index) => Ok(Self::Cuda(index.unwrap_or(0))),
-            _ => Err("expected cpu, ndarray, wgpu[:n] or cuda[:n]".to_owned()),
+            _ => Err("expected cpu, ndarray, wgpu[:n|:rank] or cuda[:n|:rank]".to_owned()),
         }
     }
 }
@@ -106,6 +107,13 @@ impl DeviceChoice {
     }
 }
 
+/// The number of this process on its machine, as launchers say it: each rank of a
+/// machine takes a GPU of its own. 0 where nothing was launched.
+fn local_rank(variable: impl Fn(&str) -> Option<String>) -> usize {
+    const NAMES: [&str; 3] = ["OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID", "MPI_LOCALRANKID"];
+    NAMES.iter().find_map(|name| variable(name)?.parse().ok()).unwrap_or(0)
+}
+
 /// Runs what may panic (GPU backends do where there is no GPU) and returns the
 /// panic's message as an error, without the report on standard error.
 fn quietly<T>(f: impl FnOnce() -> T) -> Result<T, String> {
@@ -141,6 +149,13 @@ mod tests {
         for name in ["", "gpu", "cpu:1", "ndarray:0", "cuda:x", "wgpu:-1", "CPU"] {
             assert!(name.parse::<DeviceChoice>().is_err(), "{name}");
         }
+    }
+
+    #[test]
+    fn a_rank_takes_the_device_of_its_number() {
+        let launched = |name: &str| (name == "SLURM_LOCALID").then(|| "3".to_owned());
+        assert_eq!((local_rank(launched), local_rank(|_| None)), (3, 0));
+        assert!("cpu:rank".parse::<DeviceChoice>().is_err());
     }
 
     #[test]

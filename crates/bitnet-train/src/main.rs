@@ -60,7 +60,8 @@ struct Args {
     #[arg(long)]
     resume: bool,
 
-    /// cpu, ndarray, wgpu[:n] or cuda[:n].
+    /// cpu, ndarray, wgpu[:n] or cuda[:n]; `rank` for n: the number that a launcher
+    /// gave this process on its machine.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: DeviceChoice,
 
