@@ -13,7 +13,6 @@ use bitnet_data::{Dataset, Split, TokenStream, Tokenizer};
 use bitnet_format::atomic::write_atomic;
 use burn::module::Module;
 use burn::tensor::Device;
-use serde::Serialize;
 
 use crate::checkpoint::{self, Snapshot, State};
 use crate::config::TrainConfig;
@@ -24,11 +23,12 @@ use crate::error::with_path;
 use crate::metrics::{self, EvalMetric, Metric, Sample, TrainMetric, WeightMetric};
 use crate::model::Transformer;
 use crate::optim::{GradientSum, Optimizer};
-use crate::progress::{Progress, View, duration};
+use crate::progress::{Progress, View};
 use crate::ranks::Ranks;
 use crate::record::Recorder;
 use crate::run_info::{Data, RunInfo, Start};
 use crate::stage::Stage;
+use crate::summary::Summary;
 use crate::weights::Trits;
 use crate::{
     TrainError, config_file, distill, evaluate, memory, ops, plan, plot, recompute, start,
@@ -66,33 +66,6 @@ impl Stop {
     pub fn requested(&self) -> bool {
         self.0.load(Ordering::SeqCst)
     }
-}
-
-/// What a run came to; the keys of `--json`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Summary {
-    /// Validation loss at the last evaluation, nats per token.
-    pub val_loss: Option<f64>,
-    /// Mean training loss of the last 100 steps, nats per token.
-    pub train_loss: Option<f64>,
-    /// Training tokens per second of the steps alone.
-    pub tokens_per_second: Option<f64>,
-    /// Complete steps.
-    pub steps: u64,
-    /// Tokens seen.
-    pub tokens: u64,
-    /// Parameters of the model.
-    pub parameters: u64,
-    /// The run folder.
-    pub run_dir: PathBuf,
-    /// The newest checkpoint.
-    pub checkpoint: Option<PathBuf>,
-    /// Seconds of training, interruptions left out.
-    pub seconds: f64,
-    /// The most memory used at any time; none where the system does not say.
-    pub peak_rss_bytes: Option<u64>,
-    /// What `--device` said.
-    pub device: String,
 }
 
 /// Trains. Everything the run leaves is in its folder: the resolved config, the
@@ -607,26 +580,6 @@ impl<'r> Trainer<'r> {
         self.progress.finish();
         let step = self.state.step + 1;
         TrainError::NonFinite { what, value, step, checkpoint: self.checkpoint.clone() }
-    }
-}
-
-impl std::fmt::Display for Summary {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let loss = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.4} nats per token"));
-        writeln!(f, "steps            {} ({} tokens)", self.steps, self.tokens)?;
-        writeln!(f, "parameters       {}", self.parameters)?;
-        writeln!(f, "training loss    {}", loss(self.train_loss))?;
-        writeln!(f, "validation loss  {}", loss(self.val_loss))?;
-        if let Some(rate) = self.tokens_per_second {
-            writeln!(f, "speed            {rate:.0} tokens/s on {}", self.device)?;
-        }
-        writeln!(f, "time             {}", duration(self.seconds))?;
-        if let Some(bytes) = self.peak_rss_bytes {
-            writeln!(f, "peak memory      {:.2} GiB", bytes as f64 / f64::from(1 << 30))?;
-        }
-        writeln!(f, "run              {}", self.run_dir.display())?;
-        let checkpoint = self.checkpoint.as_deref().unwrap_or(Path::new("-"));
-        write!(f, "checkpoint       {}", checkpoint.display())
     }
 }
 
