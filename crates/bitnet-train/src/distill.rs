@@ -294,7 +294,8 @@ mod tests {
     fn values_are_checked() {
         let tiny = ModelConfig::tiny();
         config(1.0).validate(&tiny).unwrap();
-        let cases: [(fn(&mut DistillConfig), &str); 5] = [
+        type Case = (fn(&mut DistillConfig), &'static str);
+        let cases: [Case; 5] = [
             (|c| c.logits = 0.0, "distill.logits = 0: is 0, and so is"),
             (|c| c.temperature = 0.0, "distill.temperature = 0: "),
             (|c| c.relations = f64::NAN, "distill.relations = NaN: "),

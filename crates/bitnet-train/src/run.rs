@@ -189,7 +189,7 @@ impl<'r> Trainer<'r> {
         let mut notes = Vec::new();
         if let (Some(from), None) = (&config.start, &found) {
             let start;
-            (model, start) = start::load(&from.from, &config.model, model, &tokenizer.to_json())?;
+            (model, start) = start::load(&from.from, &config.model, model, tokenizer.to_json())?;
             notes = start.notes;
         }
         let plain = device.clone().without_autodiff();

@@ -94,8 +94,8 @@ pub fn linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 pub(super) fn hadamard_matrix(cols: usize, device: &Device) -> Tensor<2> {
     let block = hadamard_block(cols);
     let factor = 1.0 / (block as f32).sqrt();
-    let sign =
-        |i: usize| if ((i / block) & (i % block)).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+    let odd = |i: usize| !((i / block) & (i % block)).count_ones().is_multiple_of(2);
+    let sign = |i: usize| if odd(i) { -1.0 } else { 1.0 };
     let values: Vec<f32> = (0..block * block).map(|i| sign(i) * factor).collect();
     Tensor::from_data(TensorData::new(values, [block, block]), device)
 }
