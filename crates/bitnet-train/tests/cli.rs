@@ -37,7 +37,7 @@ fn every_mistake_has_its_exit_code_and_message() {
         (&["--set", "batch.sequence=4096"], 2, "batch.sequence = 4096: is longer than"),
         (&["--steps", "0"], 2, "schedule.steps = 0"),
         (&["--threads", "0"], 2, "--threads"),
-        (&["--device", "gpu"], 2, "expected cpu, ndarray, wgpu[:n] or cuda[:n]"),
+        (&["--device", "gpu"], 2, "expected cpu, ndarray, wgpu[:n|:rank] or cuda[:n|:rank]"),
         #[cfg(not(feature = "cuda"))]
         (&["--device", "cuda:3"], 2, "--device cuda:3: not compiled in; build with"),
         (&["--data", "nowhere"], 3, "nowhere"),
