@@ -40,6 +40,18 @@ impl<'a> DenseRows<'a> {
         }
     }
 
+    /// The name of what they are stored as.
+    #[must_use]
+    pub fn type_name(self) -> &'static str {
+        match self {
+            Self::F32(_) => "f32",
+            Self::F16(_) => "f16",
+            Self::Bf16(_) => "bf16",
+            Self::Int8(_) => "int8",
+            Self::Int4(_) => "int4",
+        }
+    }
+
     /// Bytes of all rows.
     #[must_use]
     pub fn bytes(self) -> usize {
