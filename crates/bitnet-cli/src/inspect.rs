@@ -294,7 +294,7 @@ fn stored_tensors(folder: &Path) -> anyhow::Result<Vec<Tensor>> {
 /// are not finite.
 fn verify(source: &dyn Source) -> anyhow::Result<()> {
     let facts = source.facts();
-    let form = Plan::packed_form(&facts.config, DenseType::Auto, facts.linear_dtype);
+    let form = Plan::packed_form(&facts.config, DenseType::Auto, facts.linear_form());
     for item in &Plan::new(&facts.config, Layout::P2, form).items {
         if item.form == Form::Ternary {
             source.ternary(item.tensor).map_err(ExitError::bad_input)?;

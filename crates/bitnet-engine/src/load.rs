@@ -6,17 +6,22 @@ use std::ops::Range;
 
 use bitnet_core::names::{Linear, Norm};
 use bitnet_core::{Activation, Dtype, Layout, ModelConfig, Recipe, WeightQuantizer};
+use bitnet_format::gguf::blocks::RowType;
 use bitnet_format::gguf::{FromValue, GgmlType, Reader};
-use bitnet_kernels::DenseRows;
+use bitnet_kernels::{DenseRows, ROW_BLOCK};
+use half::f16;
 
 use crate::error::EngineError;
 use crate::model::{
-    ARCHITECTURE, DenseTensor, Golden, Inner, Layer, LinearRef, LinearTensor, Parts,
+    ARCHITECTURE, DenseTensor, Golden, Inner, Layer, LinearRef, LinearTensor, Parts, Stored,
     TokenizerSource, Weights,
 };
 
 /// The version of the keys and layouts that this engine reads.
 const FORMAT_VERSION: u32 = 1;
+
+/// The types of float matrices.
+const FLOATS: [GgmlType; 3] = [GgmlType::F32, GgmlType::F16, GgmlType::BF16];
 
 /// Tensors begin at multiples of this, so that any vector load is aligned.
 pub(crate) const ALIGNMENT: usize = 64;
@@ -58,7 +63,11 @@ pub(crate) fn load(bytes: &[u8], file: &str) -> Result<Option<Weights>, EngineEr
         layers.push(self::layer(&mut source, &config, layout, layer, &mut parts)?);
     }
     source.refuse_foreign()?;
-    let config = ModelConfig { embedding_dtype: embedding.dtype, ..config };
+    let embedding_dtype = match embedding.stored {
+        Stored::Float(dtype) => dtype,
+        Stored::Rows(_) => config.embedding_dtype,
+    };
+    let config = ModelConfig { embedding_dtype, ..config };
     let golden = golden(&source, &config)?;
     let tokenizer = tokenizer(&source, &config)?;
     parts.metadata = bytes.len() as u64 - parts.total();
@@ -152,7 +161,7 @@ fn layer(
                 Ok::<_, EngineError>(tensor)
             }
             WeightQuantizer::None => {
-                let tensor = source.dense(&format!("{name}.weight"), rows, cols)?;
+                let tensor = source.dense_linear(&format!("{name}.weight"), rows, cols)?;
                 parts.dense += tensor.range.len() as u64;
                 Ok(LinearTensor::Dense(tensor))
             }
@@ -280,14 +289,35 @@ impl Source<'_> {
 
     /// A float matrix `[rows, cols]`.
     fn dense(&mut self, name: &str, rows: usize, cols: usize) -> Result<DenseTensor, EngineError> {
-        let types = [GgmlType::F32, GgmlType::F16, GgmlType::BF16];
-        let (ty, range) = self.tensor(name, &types, &[cols as u64, rows as u64])?;
-        let dtype = match ty {
-            GgmlType::F16 => Dtype::F16,
-            GgmlType::BF16 => Dtype::Bf16,
-            _ => Dtype::F32,
+        self.matrix(name, rows, cols, &FLOATS)
+    }
+
+    /// The matrix of a dense linear layer: floats, or blocks of integers.
+    fn dense_linear(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<DenseTensor, EngineError> {
+        let blocks = RowType::ALL.map(RowType::ggml);
+        self.matrix(name, rows, cols, &[&FLOATS[..], &blocks].concat())
+    }
+
+    fn matrix(
+        &mut self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        types: &[GgmlType],
+    ) -> Result<DenseTensor, EngineError> {
+        let (ty, range) = self.tensor(name, types, &[cols as u64, rows as u64])?;
+        let stored = match (ty, RowType::of(ty)) {
+            (_, Some(rows)) => Stored::Rows(rows),
+            (GgmlType::F16, _) => Stored::Float(Dtype::F16),
+            (GgmlType::BF16, _) => Stored::Float(Dtype::Bf16),
+            _ => Stored::Float(Dtype::F32),
         };
-        Ok(DenseTensor { range, cols, dtype })
+        Ok(DenseTensor { range, cols, stored })
     }
 
     /// A packed matrix `[rows, cols]` with its scale, and the bytes of both.
@@ -363,5 +393,12 @@ fn first_not_finite(rows: DenseRows<'_>) -> Option<usize> {
         DenseRows::F32(x) => x.iter().position(|x| !x.is_finite()),
         DenseRows::F16(x) => x.iter().position(|x| !x.is_finite()),
         DenseRows::Bf16(x) => x.iter().position(|x| !x.is_finite()),
+        DenseRows::Int8(x) => first_scale(x.iter().map(|b| [b[0], b[1]])),
+        DenseRows::Int4(x) => first_scale(x.iter().map(|b| [b[0], b[1]])),
     }
+}
+
+/// The first element of the first block whose scale is not finite.
+fn first_scale(mut scales: impl Iterator<Item = [u8; 2]>) -> Option<usize> {
+    scales.position(|s| !f16::from_le_bytes(s).is_finite()).map(|block| block * ROW_BLOCK)
 }

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use bitnet_core::names::{Linear, Norm};
 use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
+use bitnet_format::gguf::blocks::RowType;
 use bitnet_format::map::Mmap;
 use bitnet_format::model::OpenOptions;
 use bitnet_kernels::{DenseRows, Kernels, TernaryRows, repack_row};
@@ -116,7 +117,7 @@ pub(crate) struct Layer {
 pub(crate) enum LinearTensor {
     /// Packed rows with one scale.
     Ternary { range: Range<usize>, cols: usize, weight_scale: f32 },
-    /// Float rows.
+    /// Float rows, or blocks of integers that stand for them.
     Dense(DenseTensor),
 }
 
@@ -125,7 +126,14 @@ pub(crate) enum LinearTensor {
 pub(crate) struct DenseTensor {
     pub(crate) range: Range<usize>,
     pub(crate) cols: usize,
-    pub(crate) dtype: Dtype,
+    pub(crate) stored: Stored,
+}
+
+/// What the values of a float matrix are stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stored {
+    Float(Dtype),
+    Rows(RowType),
 }
 
 /// The weight of a linear layer, in place.
@@ -133,7 +141,8 @@ pub(crate) struct DenseTensor {
 pub enum LinearRef<'a> {
     /// Packed ternary rows; activations are quantised to int8.
     Ternary(TernaryRows<'a>),
-    /// Float rows of a twin; activations stay float.
+    /// Float rows of a twin, or blocks of integers that stand for them; activations
+    /// stay float.
     Dense {
         /// The rows.
         rows: DenseRows<'a>,
@@ -156,7 +165,7 @@ pub struct Golden {
 pub struct Parts {
     /// Packed ternary rows, padding to whole blocks included, and their scales.
     pub ternary: u64,
-    /// Float weights of the linear layers (float twins only).
+    /// Weights of the linear layers of float twins, whatever type they have.
     pub dense: u64,
     /// The token embedding.
     pub embedding: u64,
@@ -483,11 +492,13 @@ impl DenseTensor {
     pub(crate) fn rows<'a>(&self, map: &'a [u8]) -> DenseRows<'a> {
         let bytes = &map[self.range.clone()];
         // Loading refuses a tensor that is not 64-byte aligned, or whose size is
-        // not whole elements: what `cast_slice` demands.
-        match self.dtype {
-            Dtype::F32 => DenseRows::F32(bytemuck::cast_slice::<u8, f32>(bytes)),
-            Dtype::F16 => DenseRows::F16(bytemuck::cast_slice::<u8, f16>(bytes)),
-            Dtype::Bf16 => DenseRows::Bf16(bytemuck::cast_slice::<u8, bf16>(bytes)),
+        // not whole elements: what `cast_slice` demands, and blocks have no rest.
+        match self.stored {
+            Stored::Float(Dtype::F32) => DenseRows::F32(bytemuck::cast_slice::<u8, f32>(bytes)),
+            Stored::Float(Dtype::F16) => DenseRows::F16(bytemuck::cast_slice::<u8, f16>(bytes)),
+            Stored::Float(Dtype::Bf16) => DenseRows::Bf16(bytemuck::cast_slice::<u8, bf16>(bytes)),
+            Stored::Rows(RowType::Int8) => DenseRows::Int8(bytes.as_chunks().0),
+            Stored::Rows(RowType::Int4) => DenseRows::Int4(bytes.as_chunks().0),
         }
     }
 }
@@ -511,12 +522,20 @@ impl<'a> LinearRef<'a> {
         }
     }
 
+    /// The name of what it is stored as: a byte layout, or a type of dense rows.
+    #[must_use]
+    pub fn type_name(&self) -> &'static str {
+        match self {
+            Self::Ternary(w) => w.layout.name(),
+            Self::Dense { rows, .. } => rows.type_name(),
+        }
+    }
+
     /// Bytes that a product with it reads.
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::Ternary(w) => w.bytes.len(),
-            Self::Dense { rows: DenseRows::F32(x), .. } => x.len() * 4,
-            Self::Dense { rows, .. } => rows.len() * 2,
+            Self::Dense { rows, .. } => rows.bytes(),
         }
     }
 

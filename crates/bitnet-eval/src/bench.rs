@@ -19,7 +19,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use bitnet_engine::{
-    BatchSession, EngineError, HeadCounts, HeadMode, LoadOptions, Model, Session, SessionOptions,
+    BatchSession, EngineError, HeadCounts, HeadMode, LoadOptions, Model, OpenOptions, Session,
+    SessionOptions,
 };
 use bitnet_kernels::Kernels;
 
@@ -97,13 +98,16 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Opens a model, asking the system to read it ahead.
+    /// Opens a model, asking the system to read it ahead; `source` says what a model
+    /// of another tool leaves open.
     ///
     /// # Errors
     /// See [`Model::open`].
-    pub fn open(path: &Path) -> Result<Self, EvalError> {
+    pub fn open(path: &Path, source: &OpenOptions) -> Result<Self, EvalError> {
         let start = Instant::now();
-        let model = Model::open(path, &LoadOptions { prefetch: true, ..LoadOptions::default() })?;
+        let (prefetch, source) = (true, source.clone());
+        let options = LoadOptions { prefetch, source, ..LoadOptions::default() };
+        let model = Model::open(path, &options)?;
         Ok(Self { model, load_seconds: start.elapsed().as_secs_f64() })
     }
 }

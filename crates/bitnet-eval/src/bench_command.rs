@@ -9,7 +9,7 @@ use bitnet_eval::bench::{BenchOptions, Loaded, Setting, bench, matrix};
 use bitnet_kernels::{IsaError, Kernels};
 use clap::{Args, ValueEnum};
 
-use crate::{RunArgs, coded};
+use crate::{RunArgs, SourceArgs, coded};
 
 /// Tokens per second of prefill and decoding, beside the machine's limits
 ///
@@ -22,6 +22,7 @@ Examples:
   bitnet-eval bench model.gguf
   bitnet-eval bench model.gguf --prompt 128,512 --generate 64 --threads 1 --json bench.json
   bitnet-eval bench model.gguf --head stored,int8,int4
+  bitnet-eval bench hugging-face-folder --ptq ternary
   bitnet-eval bench p2.gguf p5.gguf --matrix --isa avx512vbmi,avx2
 
 Tests: pp<N> runs N tokens as one prompt, tg<N> runs N tokens one by one from an empty
@@ -42,7 +43,8 @@ peak_rss_bytes (of the process: all sessions of a matrix together).
 `limits`: lists `read` (model, bytes, isa, threads, gb_per_second and _best) and `int8`
 (isa, threads, gop_per_second and _best).")]
 pub(crate) struct BenchArgs {
-    /// The packed models
+    /// Packed models, or models of other tools, which are packed each time they are
+    /// opened
     #[arg(value_name = "MODEL", required = true)]
     models: Vec<PathBuf>,
     /// Tokens of the prompts; 0 leaves the test out [default: 512, at most the context]
@@ -72,6 +74,8 @@ pub(crate) struct BenchArgs {
     matrix: bool,
     #[command(flatten)]
     run: RunArgs,
+    #[command(flatten)]
+    source: SourceArgs,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -95,8 +99,9 @@ impl BenchArgs {
     /// Measures and prints.
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         let settings = self.settings().map_err(|e| coded(EngineError::from(e)))?;
+        let source = self.source.options();
         let models: Result<Vec<_>, ExitError> =
-            self.models.iter().map(|path| Loaded::open(path).map_err(coded)).collect();
+            self.models.iter().map(|path| Loaded::open(path, &source).map_err(coded)).collect();
         let models = models?;
         let contexts = models.iter().map(|m| m.model.config().max_position_embeddings);
         let context = contexts.min().unwrap_or(0);

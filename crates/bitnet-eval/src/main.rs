@@ -121,7 +121,8 @@ struct PerplexityArgs {
     source: SourceArgs,
 }
 
-/// What a model of another tool leaves open.
+/// What a model of another tool leaves open; of several models, for each of them. (The
+/// engine, which `bitnet` shares with this program, has no clap to declare them once.)
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Models of other tools")]
 struct SourceArgs {

@@ -10,7 +10,9 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use bitnet_core::names::tensors;
 use bitnet_core::{ModelConfig, WeightQuantizer};
+use bitnet_format::hf::{save, to_json};
 use bitnet_kernels::Kernels;
 use common::RandomModel;
 use serde_json::Value;
@@ -140,7 +142,7 @@ fn a_matrix_measures_every_model_set_and_thread_count() {
         .filter(|row| row["test"] == "tg8")
         .map(|row| (row["layout"].as_str().unwrap(), row["threads"].as_u64().unwrap()))
         .collect();
-    assert_eq!(settings, [("p2", 2), ("p2", 1), ("dense", 2), ("dense", 1)]);
+    assert_eq!(settings, [("p2", 2), ("p2", 1), ("f32", 2), ("f32", 1)]);
     let rows = report["results"].as_array().unwrap();
     assert!(rows.iter().all(|row| row["isa"] == "portable"));
     assert!(rows.iter().all(|row| row["layout"] == "p2" || row["share_of_int8_peak"].is_null()));
@@ -151,6 +153,40 @@ fn a_matrix_measures_every_model_set_and_thread_count() {
     let mut isas = column(&report["results"], "isa");
     isas.dedup();
     assert_eq!(isas, Kernels::all().iter().map(|k| k.name()).collect::<Vec<_>>());
+}
+
+/// A float model in a folder, packed as it is and as ternary, with a tokenizer that
+/// the folder does not have.
+#[test]
+fn models_of_other_tools_are_measured() {
+    let dir = tempfile::tempdir().unwrap();
+    let (folder, tokenizer) = (dir.path().join("twin"), dir.path().join("t.json"));
+    std::fs::create_dir(&folder).unwrap();
+    let config = ModelConfig { weight_quantizer: WeightQuantizer::None, ..ModelConfig::tiny() };
+    std::fs::write(folder.join("config.json"), to_json(&config, Default::default()).to_string())
+        .unwrap();
+    let tensors: Vec<_> = tensors(&config)
+        .into_iter()
+        .map(|(name, shape)| {
+            let n = shape.iter().product::<usize>();
+            (name, shape, (0..n).map(|i| (i as f32).sin() * 0.1).collect::<Vec<_>>())
+        })
+        .collect();
+    let all = tensors.iter().map(|(name, shape, data)| (name.clone(), shape.clone(), &data[..]));
+    save(folder.join("model.safetensors"), &[], all).unwrap();
+    let vocab: serde_json::Map<String, Value> =
+        (0..config.vocab_size).map(|i| (format!("t{i}"), i.into())).collect();
+    let json = serde_json::json!({ "model": { "type": "BPE", "vocab": vocab, "merges": [] } });
+    std::fs::write(&tokenizer, json.to_string()).unwrap();
+    let args = ["--tokenizer", tokenizer.to_str().unwrap(), "--threads", "1", "--json", "-"];
+    let float = self::json(&bench(&[&folder], &args));
+    let ternary = self::json(&bench(&[&folder], &[&args[..], &["--ptq", "ternary"]].concat()));
+    for (report, layout) in [(&float, "f32"), (&ternary, "p2")] {
+        assert!(column(&report["results"], "layout").iter().all(|l| *l == layout));
+    }
+    let bytes = |r: &Value| number(&r["results"][1], "linear_bytes_per_token");
+    assert_eq!(bytes(&float), config.parameter_count().linear as f64 * 4.0);
+    assert!(bytes(&ternary) < bytes(&float) / 3.0);
 }
 
 #[test]

@@ -34,15 +34,15 @@ pub(crate) fn compare(
                 ternary_item(source, written, item, format, &mut counts)?;
                 step.add(item.elements())?;
             }
-            Form::Float(dtype) => {
+            Form::Float(_) | Form::Rows(_) => {
                 let mut found = Vec::new();
                 for_chunks(source, item, |first, values| {
                     found.resize(values.len(), 0.0);
                     written
                         .floats(item.tensor, first / item.cols, &mut found)
                         .map_err(ExportError::ReadBack)?;
-                    let pairs = values.iter().map(|x| rounded(*x, dtype)).zip(&found);
-                    for (i, (e, f)) in pairs.enumerate() {
+                    let expected = stored(item, values)?;
+                    for (i, (e, f)) in expected.iter().zip(&found).enumerate() {
                         if e.to_bits() != f.to_bits() {
                             return Err(differs(item, first + i, e.to_string(), f.to_string()));
                         }
@@ -53,6 +53,17 @@ pub(crate) fn compare(
         }
     }
     Ok(counts)
+}
+
+/// Values as they come back from the form in which they are stored.
+fn stored(item: &Item, values: &[f32]) -> Result<Vec<f32>, ExportError> {
+    match item.form {
+        Form::Rows(ty) => ty
+            .rounded(values)
+            .map_err(|source| ExportError::Block { tensor: item.weight(), source }),
+        Form::Float(dtype) => Ok(values.iter().map(|x| rounded(*x, dtype)).collect()),
+        Form::Ternary => Ok(values.to_vec()),
+    }
 }
 
 fn ternary_item(

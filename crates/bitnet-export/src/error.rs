@@ -9,7 +9,7 @@ use bitnet_format::gguf::GgufError;
 use bitnet_format::gguf::blocks::BlockError;
 use bitnet_format::hf::HfError;
 use bitnet_format::model::ModelError;
-use bitnet_format::pack::PackError;
+use bitnet_format::pack::{DenseType, PackError};
 use bitnet_format::tokenizer::TokenizerError;
 
 use crate::format::Format;
@@ -44,6 +44,9 @@ pub enum ExportError {
     /// A form that cannot hold the model.
     #[error("--format {format} cannot hold this model: {what}")]
     Format { format: Format, what: String },
+    /// A type of dense rows that the output does not have.
+    #[error("--dense {}: {what}", dense.name())]
+    Dense { dense: DenseType, what: String },
     /// The model cannot be read.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -109,6 +112,7 @@ impl ExportError {
             Self::DestinationIsFolder(_)
             | Self::DestinationHoldsOther(_)
             | Self::Format { .. }
+            | Self::Dense { .. }
             | Self::NoConfig(_)
             | Self::Config { .. }
             | Self::Set { .. }

@@ -33,10 +33,12 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
-use bitnet_core::{Dtype, ModelConfig};
+use bitnet_core::names::Linear;
+use bitnet_core::{Dtype, ModelConfig, WeightQuantizer};
 use bitnet_format::model::{self, Facts, Linears, Source};
 use bitnet_format::pack::{self, Form, Keys, Plan};
 
+pub use bitnet_format::gguf::blocks::RowType;
 pub use bitnet_format::model::{OpenOptions, find_checkpoint};
 pub use bitnet_format::pack::{AUTO_P2_BYTES, DenseType, LayoutChoice};
 pub use error::ExportError;
@@ -120,6 +122,7 @@ pub fn export_with(
     format.check(config).map_err(|what| ExportError::Format { format, what })?;
     let tokenizer = pack::tokenizer(facts)?;
     let (layout, layout_reason) = options.layout.resolve(config);
+    check_dense(config, format, options.dense)?;
     let form = linear_form(facts, format, options.dense);
     let plan = Plan::new(config, layout, form);
     let name = options.name.clone().unwrap_or_else(|| facts.name.clone());
@@ -176,10 +179,35 @@ fn check_destination(src: &Path, dst: &Path, format: Format) -> Result<(), Expor
     Ok(())
 }
 
+/// A type for dense rows is for a packed file of a dense model, and its blocks for rows
+/// that are whole ones.
+fn check_dense(config: &ModelConfig, format: Format, dense: DenseType) -> Result<(), ExportError> {
+    let wrong = |what: String| Err(ExportError::Dense { dense, what });
+    if dense == DenseType::Auto {
+        return Ok(());
+    }
+    if config.weight_quantizer != WeightQuantizer::None {
+        return wrong("the model is not a float model".into());
+    }
+    if format != Format::Packed {
+        return wrong(format!("it is for --format packed, not {format}"));
+    }
+    let DenseType::Rows(ty) = dense else { return Ok(()) };
+    let narrow = |l: &Linear| !ty.fits(l.shape(config)[1]);
+    match Linear::ALL.into_iter().find(narrow) {
+        None => Ok(()),
+        Some(linear) => {
+            let cols = linear.shape(config)[1];
+            let name = linear.hf(0);
+            wrong(format!("tensor {name}: its rows of {cols} weights are not whole blocks of 32"))
+        }
+    }
+}
+
 /// The form of the linear layers.
 fn linear_form(facts: &Facts, format: Format, dense: DenseType) -> Form {
     match (format, facts.linears) {
-        (Format::Packed, _) => Plan::packed_form(&facts.config, dense, facts.linear_dtype),
+        (Format::Packed, _) => Plan::packed_form(&facts.config, dense, facts.linear_form()),
         // Master weights stay master weights.
         (Format::HfBf16, Linears::Masters | Linears::Floats) => Form::Float(Dtype::Bf16),
         (_, Linears::Floats) => Form::Float(Dtype::F16),
@@ -210,6 +238,7 @@ fn linear_bytes(plan: &Plan, sink: &dyn sink::Sink) -> u64 {
         .map(|item| match item.form {
             Form::Ternary => sink.ternary_bytes(item),
             Form::Float(dtype) => (item.elements() * dtype.bytes()) as u64,
+            Form::Rows(ty) => (item.rows * ty.row_bytes(item.cols)) as u64,
         })
         .sum()
 }
@@ -244,9 +273,8 @@ fn warnings(
              compared with training's",
             source.path().display()
         ));
-    } else if let Form::Float(dtype) = form {
-        let dtype = dtype.name();
-        all.push(format!("weights were rounded to {dtype}: the output was not compared"));
+    } else if let Some(name) = form.dense_name() {
+        all.push(format!("weights were rounded to {name}: the output was not compared"));
     }
     all
 }

@@ -16,7 +16,7 @@ use anyhow::Context;
 use bitnet_core::{Activation, ExitError, Layout, exit};
 use bitnet_export::{
     DenseType, ExportError, ExportOptions, Format, LayoutChoice, OpenOptions, Phase, Progress,
-    Report, SyntheticOptions, SyntheticReport, export_with, model_config, synthesize,
+    Report, RowType, SyntheticOptions, SyntheticReport, export_with, model_config, synthesize,
 };
 use bitnet_format::json::write_json;
 use clap::{Parser, Subcommand, ValueEnum};
@@ -70,9 +70,10 @@ struct Src {
     /// The file or folder to write.
     #[arg(short, long, value_name = "PATH", required = true)]
     output: Option<PathBuf>,
-    /// Type of the linear weights of a float model in a packed file: f32, f16
-    /// (rounded, so that training's logits are not compared), or auto: as they
-    /// are stored.
+    /// Type of the linear weights of a float model in a packed file: f32, f16, int8
+    /// or int4 (blocks of 32 with a scale, 8.5 and 4.5 bits a weight), or auto: as
+    /// they are stored. Where weights are rounded, training's logits are not
+    /// compared.
     #[arg(long, value_enum, default_value_t = Dense::Auto)]
     dense: Dense,
     /// A tokenizer.json in place of the source's.
@@ -156,6 +157,8 @@ enum Dense {
     Auto,
     F32,
     F16,
+    Int8,
+    Int4,
 }
 
 fn format(name: &str) -> Result<Format, String> {
@@ -235,6 +238,8 @@ fn pack(
             Dense::Auto => DenseType::Auto,
             Dense::F32 => DenseType::F32,
             Dense::F16 => DenseType::F16,
+            Dense::Int8 => DenseType::Rows(RowType::Int8),
+            Dense::Int4 => DenseType::Rows(RowType::Int4),
         },
         open: OpenOptions {
             hidden_act: args.hidden_act.map(|act| match act {

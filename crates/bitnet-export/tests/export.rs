@@ -11,7 +11,8 @@ use bitnet_core::names;
 use bitnet_core::{Activation, Dtype, Exit, Layout, ModelConfig, WeightQuantizer, ternary};
 use bitnet_engine::{LoadOptions, Model, Session, SessionOptions};
 use bitnet_export::{
-    DenseType, ExportError, ExportOptions, Phase, Report, export, export_with, find_checkpoint,
+    DenseType, ExportError, ExportOptions, Format, Phase, Report, RowType, export, export_with,
+    find_checkpoint,
 };
 use bitnet_format::gguf::{GgmlType, Reader};
 use bitnet_format::hf::{SpecialTokens, TensorFile, save, to_json};
@@ -199,6 +200,63 @@ fn a_float_twin_may_be_rounded() {
     assert!(report.warnings[0].contains("rounded to f16"));
     let model = Model::open(&run.dst, &LoadOptions::default()).unwrap();
     assert_eq!(model.golden(), None);
+}
+
+/// The float twin of `config`.
+fn twin(config: ModelConfig) -> ModelConfig {
+    ModelConfig { weight_quantizer: WeightQuantizer::None, ..config }
+}
+
+#[test]
+fn a_float_twin_may_be_blocks_of_integers() {
+    let config = twin(ModelConfig::tiny());
+    let run = Run::new(&config);
+    for (ty, bits) in [(RowType::Int8, 8.5), (RowType::Int4, 4.5)] {
+        let options = ExportOptions { dense: DenseType::Rows(ty), ..ExportOptions::default() };
+        let report = export(&run.run, &run.dst, &options).unwrap();
+        assert_eq!((report.bits_per_weight, report.golden_tokens), (bits, None));
+        assert!(report.warnings[0].contains(&format!("rounded to {}", ty.name())));
+        let model = Model::open(&run.dst, &LoadOptions { verify: true, ..Default::default() });
+        let model = model.unwrap();
+        assert_eq!(model.parts().dense as f64 * 8.0, config.parameter_count().linear as f64 * bits);
+        // A packed file of blocks stays one.
+        let again = run.dst.with_extension("again");
+        let report = export(&run.dst, &again, &ExportOptions::default()).unwrap();
+        assert_eq!(report.bits_per_weight, bits);
+        // As floats its values are the same, and so is all that the engine computes.
+        let floats = run.dst.with_extension("f32");
+        let options = ExportOptions { dense: DenseType::F32, ..ExportOptions::default() };
+        assert_eq!(export(&run.dst, &floats, &options).unwrap().bits_per_weight, 32.0);
+        let [blocks, again, floats] = [&run.dst, &again, &floats].map(|path| {
+            let model = Model::open(path, &LoadOptions::default()).unwrap();
+            let mut session = Session::new(&model, &SessionOptions::default()).unwrap();
+            let prompt: Vec<u32> = (0..40).map(|t| t * 7 % 64).collect();
+            let logits = session.prefill(&prompt).unwrap().to_vec();
+            let next = session.decode(5).unwrap().to_vec();
+            (logits, next)
+        });
+        assert_eq!(blocks, floats);
+        assert_eq!(blocks, again);
+    }
+}
+
+#[test]
+fn dense_types_are_for_dense_rows_of_whole_blocks() {
+    let narrow = twin(ModelConfig { intermediate_size: 144, ..ModelConfig::tiny() });
+    let int8 = DenseType::Rows(RowType::Int8);
+    for (config, dense, format, text) in [
+        (narrow, int8, Format::Packed, "mlp.down_proj.weight: its rows of 144 weights are not"),
+        (ModelConfig::tiny(), int8, Format::Packed, "--dense int8: the model is not a float"),
+        (ModelConfig::tiny(), DenseType::F16, Format::HfPacked, "--dense f16: the model is not"),
+        (twin(ModelConfig::tiny()), int8, Format::HfBf16, "for --format packed, not hf-bf16"),
+    ] {
+        let run = Run::new(&config);
+        let options = ExportOptions { dense, format, ..ExportOptions::default() };
+        let error = export(&run.run, &run.dst, &options).unwrap_err();
+        assert_eq!(error.exit(), Exit::Usage);
+        assert!(error.to_string().contains(text), "{error}");
+        assert!(!run.dst.exists());
+    }
 }
 
 #[test]

@@ -276,6 +276,7 @@ impl Kernels {
     /// If `rows` does not hold `out.len()` rows of `x.len()` elements.
     pub fn dense_matvec(self, rows: DenseRows<'_>, x: &[f32], out: &mut [f32]) {
         assert_eq!(rows.len(), out.len() * x.len(), "dense rows");
+        rows.check(x.len());
         let (cols, n) = (x.len(), out.len());
         dispatch!(self, isa => dense::matmul(isa, rows, x, cols, MatMut::new(out, 1, n)));
     }
@@ -290,6 +291,7 @@ impl Kernels {
     /// If the shapes do not fit.
     pub fn dense_matmul(self, rows: DenseRows<'_>, xs: &[f32], cols: usize, out: MatMut<'_, f32>) {
         assert_eq!(rows.len(), out.cols() * cols, "dense rows");
+        rows.check(cols);
         assert_eq!(xs.len(), out.rows() * cols, "dense vectors");
         dispatch!(self, isa => dense::matmul(isa, rows, xs, cols, out));
     }

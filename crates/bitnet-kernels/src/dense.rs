@@ -1,10 +1,12 @@
 //! Dense rows times a float vector: the head, the embedding and the linear
-//! layers of float twins.
+//! layers of float twins. Rows of blocks ([`crate::dense_blocks`]) give the bits that
+//! their values give as f32.
 
 use half::{bf16, f16};
 
 use bitnet_core::ternary::LANES;
 
+use crate::dense_blocks::{self, INT4_BYTES, INT8_BYTES, ROW_BLOCK};
 use crate::mat::MatMut;
 use crate::simd::{Element, Simd, array};
 
@@ -17,6 +19,12 @@ pub enum DenseRows<'a> {
     F16(&'a [f16]),
     /// bfloat16.
     Bf16(&'a [bf16]),
+    /// Blocks of [`ROW_BLOCK`] int8 with a scale, GGUF's Q8_0: a half, then the
+    /// integers.
+    Int8(&'a [[u8; INT8_BYTES]]),
+    /// Blocks of [`ROW_BLOCK`] 4-bit integers with a scale, GGUF's Q4_0: a half, then
+    /// `integer + 8` of elements `j` and `j + 16` in the low and high half of byte `j`.
+    Int4(&'a [[u8; INT4_BYTES]]),
 }
 
 impl<'a> DenseRows<'a> {
@@ -27,6 +35,32 @@ impl<'a> DenseRows<'a> {
             Self::F32(x) => x.len(),
             Self::F16(x) => x.len(),
             Self::Bf16(x) => x.len(),
+            Self::Int8(x) => x.len() * ROW_BLOCK,
+            Self::Int4(x) => x.len() * ROW_BLOCK,
+        }
+    }
+
+    /// The name of what they are stored as.
+    #[must_use]
+    pub fn type_name(self) -> &'static str {
+        match self {
+            Self::F32(_) => "f32",
+            Self::F16(_) => "f16",
+            Self::Bf16(_) => "bf16",
+            Self::Int8(_) => "int8",
+            Self::Int4(_) => "int4",
+        }
+    }
+
+    /// Bytes of all rows.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32(x) => x.len() * 4,
+            Self::F16(x) => x.len() * 2,
+            Self::Bf16(x) => x.len() * 2,
+            Self::Int8(x) => x.len() * INT8_BYTES,
+            Self::Int4(x) => x.len() * INT4_BYTES,
         }
     }
 
@@ -39,15 +73,25 @@ impl<'a> DenseRows<'a> {
     /// Rows `start..end` of a matrix of `cols` columns.
     ///
     /// # Panics
-    /// If the range is outside the matrix.
+    /// If the range is outside the matrix, or rows of blocks are not whole blocks.
     #[must_use]
     pub fn rows(self, cols: usize, start: usize, end: usize) -> DenseRows<'a> {
         let range = start * cols..end * cols;
+        self.check(cols);
+        let blocks = range.start / ROW_BLOCK..range.end / ROW_BLOCK;
         match self {
             Self::F32(x) => DenseRows::F32(&x[range]),
             Self::F16(x) => DenseRows::F16(&x[range]),
             Self::Bf16(x) => DenseRows::Bf16(&x[range]),
+            Self::Int8(x) => DenseRows::Int8(&x[blocks]),
+            Self::Int4(x) => DenseRows::Int4(&x[blocks]),
         }
+    }
+
+    /// What every use of them as rows of `cols` columns relies on.
+    pub(crate) fn check(self, cols: usize) {
+        let blocks = matches!(self, Self::Int8(_) | Self::Int4(_));
+        assert!(!blocks || cols.is_multiple_of(ROW_BLOCK), "{cols} columns in whole blocks");
     }
 
     /// Writes row `row` as f32 (the look-up of an embedding).
@@ -55,11 +99,14 @@ impl<'a> DenseRows<'a> {
     /// # Panics
     /// If there is no such row of `out.len()` columns.
     pub fn read_row(self, row: usize, out: &mut [f32]) {
+        self.check(out.len());
         let range = row * out.len()..(row + 1) * out.len();
         match self {
             Self::F32(x) => out.copy_from_slice(&x[range]),
             Self::F16(x) => out.iter_mut().zip(&x[range]).for_each(|(o, x)| *o = x.widen()),
             Self::Bf16(x) => out.iter_mut().zip(&x[range]).for_each(|(o, x)| *o = x.widen()),
+            Self::Int8(x) => dense_blocks::read(x.row(row, out.len()), out),
+            Self::Int4(x) => dense_blocks::read(x.row(row, out.len()), out),
         }
     }
 }
@@ -80,17 +127,44 @@ pub(crate) fn matmul<S: Simd>(
         DenseRows::F32(w) => matmul_of(isa, w, xs, cols, out),
         DenseRows::F16(w) => matmul_of(isa, w, xs, cols, out),
         DenseRows::Bf16(w) => matmul_of(isa, w, xs, cols, out),
+        DenseRows::Int8(w) => matmul_of(isa, w, xs, cols, out),
+        DenseRows::Int4(w) => matmul_of(isa, w, xs, cols, out),
+    }
+}
+
+/// Rows in one of the stored forms.
+pub(crate) trait Rows: Copy {
+    /// Row `n` of rows of `cols` columns.
+    fn row(self, n: usize, cols: usize) -> Self;
+
+    /// The dot products of `R` rows and `T` vectors, each in the order of lanes.
+    fn dot_tile<S: Simd, const R: usize, const T: usize>(
+        isa: S,
+        w: [Self; R],
+        x: [&[f32]; T],
+        cols: usize,
+    ) -> [[f32; R]; T];
+}
+
+impl<E: Element> Rows for &[E] {
+    #[inline(always)]
+    fn row(self, n: usize, cols: usize) -> Self {
+        &self[n * cols..(n + 1) * cols]
+    }
+
+    #[inline(always)]
+    fn dot_tile<S: Simd, const R: usize, const T: usize>(
+        isa: S,
+        w: [Self; R],
+        x: [&[f32]; T],
+        cols: usize,
+    ) -> [[f32; R]; T] {
+        dot_tile(isa, w, x, cols)
     }
 }
 
 #[inline(always)]
-fn matmul_of<S: Simd, E: Element>(
-    isa: S,
-    w: &[E],
-    xs: &[f32],
-    cols: usize,
-    mut out: MatMut<'_, f32>,
-) {
+fn matmul_of<S: Simd, W: Rows>(isa: S, w: W, xs: &[f32], cols: usize, mut out: MatMut<'_, f32>) {
     let (tokens, rows) = (out.rows(), out.cols());
     // Four rows side by side, each a stream through a quarter of the matrix.
     let apart = rows / 4;
@@ -124,24 +198,24 @@ fn matmul_of<S: Simd, E: Element>(
 }
 
 /// Some tokens from `t` on.
-struct Tile<'a, S, E> {
+struct Tile<'a, S, W> {
     isa: S,
-    w: &'a [E],
+    w: W,
     xs: &'a [f32],
     cols: usize,
     t: usize,
     out: MatMut<'a, f32>,
 }
 
-impl<S: Simd, E: Element> Tile<'_, S, E> {
+impl<S: Simd, W: Rows> Tile<'_, S, W> {
     /// Writes the products of `R` rows and `T` tokens, and goes past the tokens.
     #[inline(always)]
     fn run<const R: usize, const T: usize>(&mut self, rows: [usize; R]) {
-        let Self { isa, cols, .. } = *self;
+        let Self { isa, w, cols, .. } = *self;
         let x = &self.xs[self.t * cols..];
-        let w = array!(R, r => &self.w[rows[r] * cols..(rows[r] + 1) * cols]);
+        let w = array!(R, r => w.row(rows[r], cols));
         let x = array!(T, t => &x[t * cols..(t + 1) * cols]);
-        let sums = dot_tile(isa, w, x, cols);
+        let sums = W::dot_tile(isa, w, x, cols);
         for (t, sums) in sums.iter().enumerate() {
             let out = self.out.row(self.t + t);
             for (&n, &sum) in rows.iter().zip(sums) {
@@ -153,7 +227,7 @@ impl<S: Simd, E: Element> Tile<'_, S, E> {
 }
 
 /// How far ahead of the vector in use memory is asked for, in each stream.
-const PREFETCH_BYTES: usize = 2048;
+pub(crate) const PREFETCH_BYTES: usize = 2048;
 
 /// The dot products of `R` rows and `T` vectors, each in the order of lanes.
 #[inline(always)]

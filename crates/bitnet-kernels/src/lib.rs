@@ -22,6 +22,7 @@ mod avx2;
 mod avx512;
 mod backward;
 mod dense;
+mod dense_blocks;
 mod float;
 #[cfg(feature = "gemm")]
 mod gemm;
@@ -44,6 +45,7 @@ pub use attention::{
     key_blocks_len, store_key,
 };
 pub use dense::DenseRows;
+pub use dense_blocks::{INT4_BYTES, INT8_BYTES, ROW_BLOCK};
 #[cfg(feature = "gemm")]
 pub use gemm::{MatRef, gemm};
 pub use int4_rows::{INT4_MAX_COLS, Int4Rows};

@@ -7,8 +7,8 @@
 use bitnet_core::Activation;
 use bitnet_core::ternary::{LANES, lane_sum};
 use bitnet_kernels::{
-    AttendQuery, DenseRows, KEY_BLOCK, Kernels, KvElement, KvHead, KvHeadInt8Mut, MatMut,
-    attend_scores_len, key_blocks_len, store_key,
+    AttendQuery, DenseRows, INT4_BYTES, INT8_BYTES, KEY_BLOCK, Kernels, KvElement, KvHead,
+    KvHeadInt8Mut, MatMut, ROW_BLOCK, attend_scores_len, key_blocks_len, store_key,
 };
 use half::{bf16, f16};
 use proptest::collection::vec;
@@ -169,7 +169,6 @@ fn as_f16(x: &[f32]) -> Vec<f16> {
 }
 
 fn check_dense(w: &[f32], xs: &[f32], cols: usize) {
-    let (rows, tokens) = (w.len() / cols, xs.len() / cols);
     let (half, brain) = (as_f16(w), w.iter().map(|&w| bf16::from_f32(w)).collect::<Vec<_>>());
     let widened = [
         w.to_vec(),
@@ -178,26 +177,51 @@ fn check_dense(w: &[f32], xs: &[f32], cols: usize) {
     ];
     let stored = [DenseRows::F32(w), DenseRows::F16(&half), DenseRows::Bf16(&brain)];
     for (w, stored) in widened.iter().zip(stored) {
-        let want: Vec<f32> = xs
-            .chunks_exact(cols)
-            .flat_map(|x| w.chunks_exact(cols).map(move |w| dot(w, x)))
-            .collect();
-        all_give(&want, |k| {
-            let mut out = vec![0.0; tokens * rows];
-            k.dense_matmul(stored, xs, cols, MatMut::new(&mut out, tokens, rows));
-            out
-        });
-        all_give(&want, |k| {
-            let mut out = vec![0.0; tokens * rows];
-            for (x, out) in xs.chunks_exact(cols).zip(out.chunks_exact_mut(rows)) {
-                k.dense_matvec(stored, x, out);
-            }
-            out
-        });
-        let mut row = vec![0.0; cols];
-        stored.read_row(rows - 1, &mut row);
-        assert_eq!(bits(&row), bits(&w[(rows - 1) * cols..]));
+        check_rows(stored, w, xs, cols);
     }
+}
+
+/// Rows of any form give the products of their values, on every instruction set.
+fn check_rows(stored: DenseRows<'_>, w: &[f32], xs: &[f32], cols: usize) {
+    let (rows, tokens) = (w.len() / cols, xs.len() / cols);
+    let want: Vec<f32> =
+        xs.chunks_exact(cols).flat_map(|x| w.chunks_exact(cols).map(move |w| dot(w, x))).collect();
+    all_give(&want, |k| {
+        let mut out = vec![0.0; tokens * rows];
+        k.dense_matmul(stored, xs, cols, MatMut::new(&mut out, tokens, rows));
+        out
+    });
+    all_give(&want, |k| {
+        let mut out = vec![0.0; tokens * rows];
+        for (x, out) in xs.chunks_exact(cols).zip(out.chunks_exact_mut(rows)) {
+            k.dense_matvec(stored, x, out);
+        }
+        out
+    });
+    let mut row = vec![0.0; cols];
+    stored.read_row(rows - 1, &mut row);
+    assert_eq!(bits(&row), bits(&w[(rows - 1) * cols..]));
+    assert_eq!(stored.rows(cols, rows - 1, rows).len(), cols);
+}
+
+/// Blocks of any bytes (and finite scales) against their values, written out.
+fn check_blocks(bytes: &[u8], xs: &[f32], cols: usize) {
+    let scale = |block: &[u8]| f16::from_le_bytes([block[0], block[1]]).to_f32();
+    let finite = |block: &mut [u8]| block[1] &= 0b1011_1111;
+    let blocks = bytes.len() / INT8_BYTES / (cols / ROW_BLOCK) * (cols / ROW_BLOCK);
+    let mut int8 = bytes.as_chunks::<INT8_BYTES>().0[..blocks].to_vec();
+    int8.iter_mut().for_each(|b| finite(b));
+    let value = |b: &[u8], j: usize| f32::from(b[2 + j] as i8) * scale(b);
+    let w: Vec<f32> = int8.iter().flat_map(|b| (0..32).map(|j| value(b, j))).collect();
+    check_rows(DenseRows::Int8(&int8), &w, xs, cols);
+    let mut int4 = bytes.as_chunks::<INT4_BYTES>().0[..blocks].to_vec();
+    int4.iter_mut().for_each(|b| finite(b));
+    let value = |b: &[u8], j: usize| {
+        let q = if j < 16 { b[2 + j] & 15 } else { b[2 + j - 16] >> 4 };
+        (f32::from(q) - 8.0) * scale(b)
+    };
+    let w: Vec<f32> = int4.iter().flat_map(|b| (0..32).map(|j| value(b, j))).collect();
+    check_rows(DenseRows::Int4(&int4), &w, xs, cols);
 }
 
 /// Attention as it is defined: scores over c in order, values over t in order.
@@ -395,7 +419,38 @@ fn dense_shapes_around_a_tile() {
     }
 }
 
+#[test]
+fn rows_of_blocks() {
+    for cols in [32, 64, 96, 288] {
+        for rows in [1, 2, 3, 4, 5, 9] {
+            let bytes: Vec<u8> = (0..rows * cols / ROW_BLOCK * INT8_BYTES)
+                .map(|i| (i as u32).wrapping_mul(2_654_435_761).to_le_bytes()[3])
+                .collect();
+            for tokens in [1, 2, 3, 4, 5, 33] {
+                let xs: Vec<f32> = (0..tokens * cols).map(|i| (i as f32 * 1.7).sin()).collect();
+                check_blocks(&bytes, &xs, cols);
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "whole blocks")]
+fn rows_that_are_not_whole_blocks() {
+    let blocks = [[0; INT8_BYTES]; 5];
+    let mut out = [0.0; 4];
+    Kernels::all()[0].dense_matvec(DenseRows::Int8(&blocks), &[0.0; 40], &mut out);
+}
+
 proptest! {
+    #[test]
+    fn blocks_of_any_bytes(
+        bytes in proptest::collection::vec(any::<u8>(), 6 * INT8_BYTES..7 * INT8_BYTES),
+        xs in proptest::collection::vec(-2.0f32..2.0, 128),
+    ) {
+        check_blocks(&bytes, &xs, 64);
+    }
+
     #[test]
     fn elementwise(v in together(3, 1..200, || usual().boxed())) {
         check_elementwise(&v[0], &v[1], &v[2]);

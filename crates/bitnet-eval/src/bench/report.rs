@@ -1,6 +1,6 @@
 //! What a bench reports: rows and limits for programs, a table for people.
 
-use bitnet_core::WeightQuantizer;
+use bitnet_core::names::Linear;
 use bitnet_engine::{HeadCounts, HeadMode, Model};
 use serde::Serialize;
 
@@ -189,9 +189,9 @@ impl Report {
     }
 }
 
+/// The byte layout of ternary weights, the type of dense ones.
 fn layout(model: &Model) -> &'static str {
-    let ternary = model.config().weight_quantizer == WeightQuantizer::Ternary;
-    if ternary { model.layout().name() } else { "dense" }
+    model.linear(0, Linear::Q).type_name()
 }
 
 /// The rows of a run.

@@ -8,13 +8,14 @@ use bitnet_format::gguf::{DEFAULT_ALIGNMENT, GgmlType, GgufError, Header, Writer
 use bitnet_format::hf::Trits;
 use bitnet_format::pack::{self, Form, Item, Keys, Plan, encode, gguf_type};
 
-use super::{Sink, Unnamed};
+use super::{Sink, Unnamed, no_rows};
 use crate::ExportError;
 use crate::format::{Format, architecture};
 
 /// A file that is being written.
 pub(super) struct Gguf {
     out: Writer<AtomicFile>,
+    format: Format,
     /// The type of ternary matrices.
     ty: GgmlType,
     /// The size of a head, where rows of q and k are permuted.
@@ -46,6 +47,7 @@ impl Gguf {
             let dims = item.gguf_dims(item.cols);
             match item.form {
                 Form::Float(dtype) => h.tensor(&item.weight(), &dims, gguf_type(dtype))?,
+                Form::Rows(_) => return Err(no_rows(format, item)),
                 Form::Ternary => {
                     h.tensor(&item.weight(), &dims, ty)?;
                     if has_scale(ty) {
@@ -56,7 +58,7 @@ impl Gguf {
         }
         let tensors = h.tensors().len() as u64;
         let permuted = permuted.then(|| keys.config.head_dim());
-        Ok(Self { out: Writer::start(file, h)?, ty, permuted, tensors })
+        Ok(Self { out: Writer::start(file, h)?, format, ty, permuted, tensors })
     }
 
     /// The rows in the order of the file: for `llama`, the two halves of a head's
@@ -102,6 +104,10 @@ impl pack::Sink for Gguf {
         let permuted = self.rows(item, values);
         let values = permuted.as_deref().unwrap_or(values);
         Ok(self.out.write(&item.weight(), &encode(values, dtype))?)
+    }
+
+    fn blocks(&mut self, item: &Item, _: &[u8]) -> Result<(), ExportError> {
+        Err(no_rows(self.format, item))
     }
 }
 

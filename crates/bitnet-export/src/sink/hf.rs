@@ -9,7 +9,7 @@ use bitnet_format::pack::{self, Form, Item, Keys, Plan, encode, rounded};
 use half::bf16;
 use serde_json::{Value, json};
 
-use super::{Sink, Unnamed};
+use super::{Sink, Unnamed, no_rows};
 use crate::ExportError;
 use crate::error::Named;
 use crate::format::Format;
@@ -58,6 +58,7 @@ impl Folder {
                 (Form::Float(dtype), _) => {
                     all.push((item.hf.clone(), dims, Stored::Float(stored(format, dtype))));
                 }
+                (Form::Rows(_), _) => return Err(no_rows(format, item)),
                 (Form::Ternary, Format::HfPacked) => {
                     let rows = item.rows.div_ceil(4);
                     all.push((item.hf.clone(), vec![rows, item.cols], Stored::U8));
@@ -89,6 +90,10 @@ impl pack::Sink for Folder {
     fn floats(&mut self, item: &Item, dtype: Dtype, values: &[f32]) -> Result<(), ExportError> {
         let rounded: Vec<f32> = values.iter().map(|x| rounded(*x, dtype)).collect();
         Ok(self.out.write_bytes(&item.hf, &encode(&rounded, stored(self.format, dtype)))?)
+    }
+
+    fn blocks(&mut self, item: &Item, _: &[u8]) -> Result<(), ExportError> {
+        Err(no_rows(self.format, item))
     }
 }
 

@@ -60,6 +60,12 @@ impl Unnamed {
     }
 }
 
+/// Blocks of integers for a form that has none.
+fn no_rows(format: Format, item: &Item) -> ExportError {
+    let what = format!("tensor {}: only packed files have rows of integers", item.hf);
+    ExportError::Format { format, what }
+}
+
 /// Opens an output in the form `format` that is to be called `dst`.
 pub(crate) fn create(
     format: Format,

@@ -21,6 +21,10 @@ impl pack::Sink for Packed {
     fn floats(&mut self, item: &Item, dtype: Dtype, values: &[f32]) -> Result<(), ExportError> {
         Ok(self.0.floats(item, dtype, values)?)
     }
+
+    fn blocks(&mut self, item: &Item, blocks: &[u8]) -> Result<(), ExportError> {
+        Ok(self.0.blocks(item, blocks)?)
+    }
 }
 
 impl Sink for Packed {

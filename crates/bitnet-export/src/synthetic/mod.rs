@@ -101,7 +101,11 @@ pub fn synthesize(
         }));
     }
     let (layout, layout_reason) = options.layout.resolve(config);
-    let plan = Plan::new(config, layout, Plan::packed_form(config, DenseType::F32, Dtype::F32));
+    let plan = Plan::new(
+        config,
+        layout,
+        Plan::packed_form(config, DenseType::Auto, Form::Float(Dtype::F32)),
+    );
     let tokenizer = tokenizer::bytes_only(config.vocab_size)?;
     let keys = Keys {
         config,
@@ -222,6 +226,7 @@ impl Maker<'_> {
         match item.form {
             Form::Ternary => self.plan.layout.row_bytes(item.cols),
             Form::Float(dtype) => item.cols * dtype.bytes(),
+            Form::Rows(ty) => ty.row_bytes(item.cols),
         }
     }
 
@@ -245,6 +250,7 @@ impl Maker<'_> {
                     Fill::uniform((3.0 / item.cols as f32).sqrt(), dtype)
                 }
                 Form::Float(dtype) => Fill::uniform(TABLE_LIMIT, dtype),
+                Form::Rows(_) => unreachable!("the plan of a synthetic model has floats"),
             };
             bytes.par_chunks_mut(self.row_bytes(item)).enumerate().for_each(|(i, row)| {
                 let rng = Rng::of_row(self.seed, piece.item as u64, (piece.first + i) as u64);

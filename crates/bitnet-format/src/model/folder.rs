@@ -52,7 +52,8 @@ impl Folder {
         let kind = format!("Hugging Face folder, {kind}");
         let linear_dtype = checkpoint.linear_dtype();
         let name = name(path);
-        let facts = Facts { kind, config, linears, linear_dtype, name, text, golden };
+        let facts =
+            Facts { kind, config, linears, linear_dtype, linear_rows: None, name, text, golden };
         Ok(Self { checkpoint, scheme, facts })
     }
 }

@@ -94,7 +94,16 @@ impl Foreign {
         file.forget_head();
         let kind = format!("GGUF, architecture {arch}");
         let linear_dtype = file.dtype(&Tensor::Linear(0, Linear::Q).gguf());
-        let facts = Facts { kind, config, linears, linear_dtype, name, text, golden: None };
+        let facts = Facts {
+            kind,
+            config,
+            linears,
+            linear_dtype,
+            linear_rows: None,
+            name,
+            text,
+            golden: None,
+        };
         Ok(Self { file, facts, permuted })
     }
 

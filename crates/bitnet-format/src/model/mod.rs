@@ -22,8 +22,9 @@ use bitnet_core::{
 use serde::Deserialize;
 
 use crate::gguf::GgufError;
-use crate::gguf::blocks::BlockError;
+use crate::gguf::blocks::{BlockError, RowType};
 use crate::hf::{HfError, SpecialTokens, Trits};
+use crate::pack::Form;
 use crate::tokenizer::TokenizerError;
 
 pub use find::find_checkpoint;
@@ -66,12 +67,22 @@ pub struct Facts {
     /// The type that holds their values exactly, where they are floats; f16 for
     /// types of a few bits.
     pub linear_dtype: Dtype,
+    /// The blocks that hold them in a packed file of ours, where those do.
+    pub linear_rows: Option<RowType>,
     /// The model's name, from the file or the folder.
     pub name: String,
     /// Tokenizer and chat template.
     pub text: Text,
     /// A prompt with the logits that training computed for it.
     pub golden: Option<Golden>,
+}
+
+impl Facts {
+    /// The form in which a dense model's linear layers stay as they are.
+    #[must_use]
+    pub fn linear_form(&self) -> Form {
+        self.linear_rows.map_or(Form::Float(self.linear_dtype), Form::Rows)
+    }
 }
 
 /// What the linear layers of a source are stored as.

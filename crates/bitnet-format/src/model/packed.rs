@@ -10,6 +10,7 @@ use super::{
     Facts, Linears, ModelError, OpenOptions, Source, Text, check_golden, given_tokenizer, keys,
     quantise_later, quantised, refuse_activation,
 };
+use crate::gguf::blocks::RowType;
 use crate::gguf::{Directory, GgmlType, GgufError, blocks};
 use crate::hf::Trits;
 use crate::tokenizer::{CHAT_TEMPLATE_KEY, HUGGINGFACE_KEY, special_tokens};
@@ -40,7 +41,9 @@ impl Packed {
         let text = text(&file, &dir, options)?;
         let name = dir.find("general.name")?.unwrap_or_else(|| "model".to_owned());
         check_tensors(&file, &config, layout)?;
-        let linear_dtype = file.dtype(&Tensor::Linear(0, Linear::Q).gguf());
+        let first = Tensor::Linear(0, Linear::Q).gguf();
+        let linear_dtype = file.dtype(&first);
+        let linear_rows = RowType::of(file.tensor(&first)?.ty);
         let stored = match config.weight_quantizer {
             WeightQuantizer::Ternary | WeightQuantizer::Binary => Linears::Trits,
             WeightQuantizer::None => Linears::Floats,
@@ -49,7 +52,7 @@ impl Packed {
         let linears = quantise_later(&file.path, options, &mut config, stored)?;
         let golden = golden.filter(|_| !options.ptq);
         let kind = "packed model".to_owned();
-        let facts = Facts { kind, config, linears, linear_dtype, name, text, golden };
+        let facts = Facts { kind, config, linears, linear_dtype, linear_rows, name, text, golden };
         let mut file = file;
         file.forget_head();
         Ok(Self { file, layout, facts })
@@ -81,10 +84,16 @@ fn check_tensors(
     layout: Layout,
 ) -> Result<(), ModelError> {
     let floats = [GgmlType::F32, GgmlType::F16, GgmlType::BF16];
+    // The linear layers of a dense model are of one type.
+    let first = file.tensor(&Tensor::Linear(0, Linear::Q).gguf())?.ty;
+    let rows = [first];
     for tensor in Tensor::all(config) {
         let info = file.tensor(&tensor.gguf())?;
         let mut dims: Vec<u64> = tensor.dims(config).iter().rev().map(|d| *d as u64).collect();
-        let mut types = &floats[..];
+        let mut types = match tensor {
+            Tensor::Linear(..) if RowType::of(first).is_some() => &rows[..],
+            _ => &floats[..],
+        };
         if let (Tensor::Linear(layer, linear), WeightQuantizer::Ternary) =
             (tensor, config.weight_quantizer)
         {
@@ -123,10 +132,10 @@ impl Source for Packed {
     fn floats(&self, tensor: Tensor, first: usize, out: &mut [f32]) -> Result<(), ModelError> {
         let name = tensor.gguf();
         let ty = self.file.tensor(&name)?.ty;
-        let width = ty.size().map_or(0, |s| s.bytes as usize);
         let cols = tensor.shape(&self.facts.config)[1];
-        let mut bytes = vec![0; out.len() * width];
-        self.file.read(&name, (first * cols * width) as u64, &mut bytes)?;
+        let width = ty.tensor_bytes(&[cols as u64]).unwrap_or(0);
+        let mut bytes = vec![0; out.len() / cols * width as usize];
+        self.file.read(&name, first as u64 * width, &mut bytes)?;
         blocks::decode(ty, &bytes, out).map_err(|source| ModelError::Block {
             path: self.file.path.clone(),
             tensor: name,

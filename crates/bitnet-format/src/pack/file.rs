@@ -108,6 +108,10 @@ impl<W: Write> Sink for PackedFile<W> {
     fn floats(&mut self, item: &Item, dtype: Dtype, values: &[f32]) -> Result<(), PackError> {
         Ok(self.out.write(&item.weight(), &encode(values, dtype))?)
     }
+
+    fn blocks(&mut self, item: &Item, blocks: &[u8]) -> Result<(), PackError> {
+        Ok(self.out.write(&item.weight(), blocks)?)
+    }
 }
 
 /// The keys and the tensor directory of a packed file.
@@ -136,6 +140,9 @@ pub fn header(keys: &Keys<'_>, plan: &Plan) -> Result<Header, PackError> {
             }
             Form::Float(dtype) => {
                 h.tensor(&item.weight(), &item.gguf_dims(item.cols), gguf_type(dtype))?;
+            }
+            Form::Rows(ty) => {
+                h.tensor(&item.weight(), &item.gguf_dims(item.cols), ty.ggml())?;
             }
         }
     }

@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 use bitnet_core::{Dtype, Exit, MatrixError};
 
+use crate::gguf::blocks::BlockError;
 use crate::gguf::{GgmlType, GgufError};
 use crate::hf::Trits;
 use crate::model::{Facts, Golden, ModelError, Source};
@@ -41,6 +42,9 @@ pub enum PackError {
     /// A matrix could not be packed.
     #[error("tensor {tensor}")]
     Matrix { tensor: String, source: MatrixError },
+    /// Weights that have no blocks of integers.
+    #[error("{}: tensor {tensor}", path.display())]
+    Block { path: PathBuf, tensor: String, source: BlockError },
     /// The container could not be written.
     #[error("the output file")]
     Container(#[from] GgufError),
@@ -54,7 +58,9 @@ impl PackError {
     #[must_use]
     pub fn exit(&self) -> Exit {
         match self {
-            Self::Model(_) | Self::Tokenizer(_) | Self::NotFinite { .. } => Exit::BadInput,
+            Self::Model(_) | Self::Tokenizer(_) | Self::NotFinite { .. } | Self::Block { .. } => {
+                Exit::BadInput
+            }
             Self::Matrix { .. } | Self::Container(_) | Self::Temporary { .. } => Exit::Failed,
         }
     }
@@ -77,6 +83,12 @@ pub trait Sink {
     /// # Errors
     /// They cannot be written.
     fn floats(&mut self, item: &Item, dtype: Dtype, values: &[f32]) -> Result<(), Self::Error>;
+
+    /// The next tensor of the plan, which is blocks of integers there.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    fn blocks(&mut self, item: &Item, blocks: &[u8]) -> Result<(), Self::Error>;
 }
 
 /// Writes every tensor of `source`; `step` gets the number of parameters that
@@ -99,6 +111,16 @@ pub fn write<S: Sink + ?Sized>(
             Form::Float(dtype) => for_chunks(source, item, |first, values| {
                 check_finite(source, item, first, values, dtype)?;
                 sink.floats(item, dtype, values)?;
+                step(values.len())
+            })?,
+            Form::Rows(ty) => for_chunks(source, item, |first, values| {
+                check_finite(source, item, first, values, Dtype::F32)?;
+                let blocks = ty.encode(values).map_err(|error| PackError::Block {
+                    path: source.path().into(),
+                    tensor: item.hf.clone(),
+                    source: error,
+                })?;
+                sink.blocks(item, &blocks)?;
                 step(values.len())
             })?,
         }
@@ -148,7 +170,7 @@ pub fn pack_temporary(
 ) -> Result<Temporary, PackError> {
     let facts = source.facts();
     let tokenizer = tokenizer(facts)?;
-    let form = Plan::packed_form(&facts.config, DenseType::Auto, facts.linear_dtype);
+    let form = Plan::packed_form(&facts.config, DenseType::Auto, facts.linear_form());
     let plan = Plan::new(&facts.config, layout.resolve(&facts.config).0, form);
     let keys = Keys::of(facts, &facts.name, golden(facts, form), &tokenizer);
     let folder = std::env::temp_dir();
@@ -186,6 +208,7 @@ pub fn golden(facts: &Facts, form: Form) -> Option<&Golden> {
     let exact = match form {
         Form::Ternary => true,
         Form::Float(dtype) => dtype == Dtype::F32 || dtype == facts.linear_dtype,
+        Form::Rows(ty) => facts.linear_rows == Some(ty),
     };
     facts.golden.as_ref().filter(|_| exact)
 }

@@ -4,16 +4,34 @@
 use bitnet_core::names::Tensor;
 use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
 
+use crate::gguf::blocks::RowType;
+
 /// How the linear weights of a float model are stored in a packed file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DenseType {
-    /// As the source has them; f16 where it has them in a few bits.
+    /// As the source has them; f16 where a file of another tool has them in a few
+    /// bits.
     #[default]
     Auto,
     /// Single precision.
     F32,
     /// Rounded to half precision.
     F16,
+    /// Blocks of integers.
+    Rows(RowType),
+}
+
+impl DenseType {
+    /// The name in options.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Rows(ty) => ty.name(),
+        }
+    }
 }
 
 /// The form of a tensor in the output.
@@ -23,6 +41,20 @@ pub enum Form {
     Ternary,
     /// Floats of this type.
     Float(Dtype),
+    /// Blocks of integers that stand for floats.
+    Rows(RowType),
+}
+
+impl Form {
+    /// The type of dense weights; none of ternary ones.
+    #[must_use]
+    pub fn dense_name(self) -> Option<&'static str> {
+        match self {
+            Self::Ternary => None,
+            Self::Float(dtype) => Some(dtype.name()),
+            Self::Rows(ty) => Some(ty.name()),
+        }
+    }
 }
 
 /// A tensor of the model and its form.
@@ -112,15 +144,16 @@ impl Plan {
         Self { layout, items: items.collect() }
     }
 
-    /// The form of the linear layers in a packed file; `stored` is their type
-    /// where they are floats.
+    /// The form of the linear layers in a packed file; `stored` is that of a dense
+    /// model's in the source.
     #[must_use]
-    pub fn packed_form(config: &ModelConfig, dense: DenseType, stored: Dtype) -> Form {
+    pub fn packed_form(config: &ModelConfig, dense: DenseType, stored: Form) -> Form {
         match (config.weight_quantizer, dense) {
             (WeightQuantizer::Ternary | WeightQuantizer::Binary, _) => Form::Ternary,
-            (WeightQuantizer::None, DenseType::Auto) => Form::Float(stored),
+            (WeightQuantizer::None, DenseType::Auto) => stored,
             (WeightQuantizer::None, DenseType::F32) => Form::Float(Dtype::F32),
             (WeightQuantizer::None, DenseType::F16) => Form::Float(Dtype::F16),
+            (WeightQuantizer::None, DenseType::Rows(ty)) => Form::Rows(ty),
         }
     }
 

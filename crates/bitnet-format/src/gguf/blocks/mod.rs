@@ -7,12 +7,14 @@
 //! nothing in a file tells them apart.
 
 mod quants;
+mod rows;
 mod ternary;
 
 use half::{bf16, f16};
 
 use super::GgmlType;
 
+pub use rows::RowType;
 pub use ternary::{decode_ternary, encode_ternary, trits_of_floats};
 
 /// Data that cannot be decoded or encoded.

@@ -31,8 +31,8 @@ pub fn decode_ternary(
     bytes: &[u8],
     elements: usize,
 ) -> Result<(Vec<i8>, f32), BlockError> {
-    let mut trits = vec![0i8; elements];
     check_length(ty, bytes, elements)?;
+    let mut trits = vec![0i8; elements];
     let scale = match ty {
         GgmlType::TQ1_0 => tq(ty, bytes, &mut trits, tq1_0_codes, TQ1_BYTES - 2)?,
         GgmlType::TQ2_0 => tq(ty, bytes, &mut trits, tq2_0_codes, TQ2_BYTES - 2)?,
