@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use bitnet_core::names::Tensor;
 use bitnet_core::{Activation, Dtype, Layout, ModelConfig, WeightQuantizer};
 use bitnet_data::ShardWriter;
-use bitnet_format::gguf::blocks::encode_ternary;
+use bitnet_format::gguf::blocks::{RowType, encode_ternary};
 use bitnet_format::gguf::{self, Array, GgmlType, Header, Writer};
 use bitnet_format::hf::{SpecialTokens, Stored, TensorFileWriter, Trits, to_json};
 use bitnet_format::model::Golden;
@@ -96,6 +96,7 @@ fn ggufs(folder: &Path) -> Result<()> {
     for (name, config, linear) in [
         ("packed-p2", config(16), Form::Ternary),
         ("packed-float", float_config(8), Form::Float(Dtype::F16)),
+        ("packed-int4", float_config(32), Form::Rows(RowType::Int4)),
     ] {
         let plan = Plan::new(&config, Layout::P2, linear);
         let keys = Keys {
@@ -113,6 +114,7 @@ fn ggufs(folder: &Path) -> Result<()> {
             match item.form {
                 Form::Ternary => file.ternary(item, &Trits { values: trits(n), scale: 0.5 })?,
                 Form::Float(dtype) => file.floats(item, dtype, &values(n))?,
+                Form::Rows(ty) => file.blocks(item, &ty.encode(&values(n))?)?,
             }
         }
         fs::write(folder.join(name), file.finish()?)?;

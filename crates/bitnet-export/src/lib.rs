@@ -179,8 +179,7 @@ fn check_destination(src: &Path, dst: &Path, format: Format) -> Result<(), Expor
     Ok(())
 }
 
-/// A type for dense rows is for a packed file of a dense model, and its blocks for rows
-/// that are whole ones.
+/// A type for dense rows is for a packed file of a dense model.
 fn check_dense(config: &ModelConfig, format: Format, dense: DenseType) -> Result<(), ExportError> {
     let wrong = |what: String| Err(ExportError::Dense { dense, what });
     if dense == DenseType::Auto {
@@ -192,16 +191,7 @@ fn check_dense(config: &ModelConfig, format: Format, dense: DenseType) -> Result
     if format != Format::Packed {
         return wrong(format!("it is for --format packed, not {format}"));
     }
-    let DenseType::Rows(ty) = dense else { return Ok(()) };
-    let narrow = |l: &Linear| !ty.fits(l.shape(config)[1]);
-    match Linear::ALL.into_iter().find(narrow) {
-        None => Ok(()),
-        Some(linear) => {
-            let cols = linear.shape(config)[1];
-            let name = linear.hf(0);
-            wrong(format!("tensor {name}: its rows of {cols} weights are not whole blocks of 32"))
-        }
-    }
+    Ok(())
 }
 
 /// The form of the linear layers.
@@ -263,6 +253,17 @@ fn warnings(
             "master weights were rounded to bf16: those near a threshold can quantise differently"
                 .to_owned(),
         );
+    }
+    if let Form::Rows(ty) = form {
+        let narrow = |l: &Linear| !ty.fits(l.shape(&facts.config)[1]);
+        let names: Vec<_> = Linear::ALL.into_iter().filter(narrow).map(|l| l.hf(0)).collect();
+        if !names.is_empty() {
+            all.push(format!(
+                "{}: f16 instead of {}, its rows are not whole blocks of 32 (in every block)",
+                names.join(", "),
+                ty.name()
+            ));
+        }
     }
     if options.format != Format::Packed || reproduced {
         return all;

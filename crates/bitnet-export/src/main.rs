@@ -71,7 +71,8 @@ struct Src {
     #[arg(short, long, value_name = "PATH", required = true)]
     output: Option<PathBuf>,
     /// Type of the linear weights of a float model in a packed file: f32, f16, int8
-    /// or int4 (blocks of 32 with a scale, 8.5 and 4.5 bits a weight), or auto: as
+    /// or int4 (blocks of 32 with a scale, 8.5 and 4.5 bits a weight; f16 where rows
+    /// are not whole blocks), or auto: as
     /// they are stored. Where weights are rounded, training's logits are not
     /// compared.
     #[arg(long, value_enum, default_value_t = Dense::Auto)]

@@ -7,7 +7,7 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use bitnet_core::names;
+use bitnet_core::names::{self, Linear};
 use bitnet_core::{Activation, Dtype, Exit, Layout, ModelConfig, WeightQuantizer, ternary};
 use bitnet_engine::{LoadOptions, Model, Session, SessionOptions};
 use bitnet_export::{
@@ -241,11 +241,27 @@ fn a_float_twin_may_be_blocks_of_integers() {
 }
 
 #[test]
-fn dense_types_are_for_dense_rows_of_whole_blocks() {
-    let narrow = twin(ModelConfig { intermediate_size: 144, ..ModelConfig::tiny() });
+fn rows_that_are_not_whole_blocks_are_halves() {
+    let config = twin(ModelConfig { intermediate_size: 144, ..ModelConfig::tiny() });
+    let run = Run::new(&config);
+    let dense = DenseType::Rows(RowType::Int8);
+    let report = export(&run.run, &run.dst, &ExportOptions { dense, ..Default::default() });
+    let report = report.unwrap();
+    let text = "layers.0.mlp.down_proj.weight: f16 instead of int8";
+    assert!(report.warnings[0].contains(text), "{:?}", report.warnings);
+    let model = Model::open(&run.dst, &LoadOptions::default()).unwrap();
+    assert_eq!(model.linear(1, Linear::Down).type_name(), "f16");
+    assert_eq!(model.linear(1, Linear::Gate).type_name(), "int8");
+    // It is opened as a source too, and stays what it is.
+    let again = run.dst.with_extension("again");
+    let second = export(&run.dst, &again, &ExportOptions::default()).unwrap();
+    assert_eq!(second.bits_per_weight, report.bits_per_weight);
+}
+
+#[test]
+fn dense_types_are_for_packed_files_of_float_models() {
     let int8 = DenseType::Rows(RowType::Int8);
     for (config, dense, format, text) in [
-        (narrow, int8, Format::Packed, "mlp.down_proj.weight: its rows of 144 weights are not"),
         (ModelConfig::tiny(), int8, Format::Packed, "--dense int8: the model is not a float"),
         (ModelConfig::tiny(), DenseType::F16, Format::HfPacked, "--dense f16: the model is not"),
         (twin(ModelConfig::tiny()), int8, Format::HfBf16, "for --format packed, not hf-bf16"),

@@ -43,7 +43,8 @@ impl Packed {
         check_tensors(&file, &config, layout)?;
         let first = Tensor::Linear(0, Linear::Q).gguf();
         let linear_dtype = file.dtype(&first);
-        let linear_rows = RowType::of(file.tensor(&first)?.ty);
+        let types = Linear::ALL.iter().filter_map(|l| file.find(&Tensor::Linear(0, *l).gguf()));
+        let linear_rows = types.filter_map(|t| RowType::of(t.ty)).next();
         let stored = match config.weight_quantizer {
             WeightQuantizer::Ternary | WeightQuantizer::Binary => Linears::Trits,
             WeightQuantizer::None => Linears::Floats,
@@ -84,14 +85,12 @@ fn check_tensors(
     layout: Layout,
 ) -> Result<(), ModelError> {
     let floats = [GgmlType::F32, GgmlType::F16, GgmlType::BF16];
-    // The linear layers of a dense model are of one type.
-    let first = file.tensor(&Tensor::Linear(0, Linear::Q).gguf())?.ty;
-    let rows = [first];
+    let dense = [&floats[..], &RowType::ALL.map(RowType::ggml)].concat();
     for tensor in Tensor::all(config) {
         let info = file.tensor(&tensor.gguf())?;
         let mut dims: Vec<u64> = tensor.dims(config).iter().rev().map(|d| *d as u64).collect();
         let mut types = match tensor {
-            Tensor::Linear(..) if RowType::of(first).is_some() => &rows[..],
+            Tensor::Linear(..) => &dense[..],
             _ => &floats[..],
         };
         if let (Tensor::Linear(layer, linear), WeightQuantizer::Ternary) =

@@ -132,13 +132,17 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The plan of a model whose linear layers have the form `linear`.
+    /// The plan of a model whose linear layers have the form `linear`; f16 where that
+    /// is blocks and their rows are not whole ones.
     #[must_use]
     pub fn new(config: &ModelConfig, layout: Layout, linear: Form) -> Self {
         let form = |tensor| match tensor {
             Tensor::Embedding | Tensor::Head => Form::Float(config.embedding_dtype),
             Tensor::Norm(..) | Tensor::FinalNorm => Form::Float(Dtype::F32),
-            Tensor::Linear(..) => linear,
+            Tensor::Linear(_, l) => match linear {
+                Form::Rows(ty) if !ty.fits(l.shape(config)[1]) => Form::Float(Dtype::F16),
+                linear => linear,
+            },
         };
         let items = Tensor::all(config).into_iter().map(|t| Item::new(t, config, form(t)));
         Self { layout, items: items.collect() }
