@@ -26,8 +26,25 @@ const _: () = assert!(ROW_BLOCK == 2 * LANES);
 pub(crate) trait Block {
     /// What multiplies them.
     fn scale(&self) -> f32;
-    /// Integers `16 half..16 half + 16`.
-    fn integers(&self, half: usize) -> [i8; LANES];
+    /// What an integer is stored with added to it.
+    const OFFSET: f32;
+    /// Integers `16 half..16 half + 16`, as they are stored.
+    fn stored(&self, half: usize) -> [u8; LANES];
+}
+
+/// The same bytes.
+#[inline(always)]
+fn signed(bytes: &[u8; LANES]) -> &[i8; LANES] {
+    // SAFETY: as many bytes, none of them invalid, of the same alignment.
+    unsafe { &*std::ptr::from_ref(bytes).cast() }
+}
+
+/// The 16 bytes of `block` from `at` on.
+#[inline(always)]
+fn lanes<const N: usize>(block: &[u8; N], at: usize) -> [u8; LANES] {
+    let mut out = [0; LANES];
+    out.copy_from_slice(&block[at..at + LANES]);
+    out
 }
 
 #[inline(always)]
@@ -41,10 +58,11 @@ impl Block for [u8; INT8_BYTES] {
         scale(self[0], self[1])
     }
 
+    const OFFSET: f32 = 0.0;
+
     #[inline(always)]
-    fn integers(&self, half: usize) -> [i8; LANES] {
-        let at = 2 + LANES * half;
-        array!(LANES, i => self[at + i] as i8)
+    fn stored(&self, half: usize) -> [u8; LANES] {
+        lanes(self, 2 + LANES * half)
     }
 }
 
@@ -54,9 +72,13 @@ impl Block for [u8; INT4_BYTES] {
         scale(self[0], self[1])
     }
 
+    const OFFSET: f32 = 8.0;
+
     #[inline(always)]
-    fn integers(&self, half: usize) -> [i8; LANES] {
-        array!(LANES, i => ((self[2 + i] >> (4 * half)) & 15) as i8 - 8)
+    fn stored(&self, half: usize) -> [u8; LANES] {
+        // One number, so that all are shifted and masked together.
+        let bytes = u128::from_le_bytes(lanes(self, 2));
+        (bytes >> (4 * half) & (u128::MAX / 255 * 15)).to_le_bytes()
     }
 }
 
@@ -65,8 +87,8 @@ pub(crate) fn read<B: Block>(row: &[B], out: &mut [f32]) {
     for (block, out) in row.iter().zip(out.chunks_exact_mut(ROW_BLOCK)) {
         let scale = block.scale();
         for (half, out) in out.chunks_exact_mut(LANES).enumerate() {
-            for (x, q) in out.iter_mut().zip(block.integers(half)) {
-                *x = f32::from(q) * scale;
+            for (x, q) in out.iter_mut().zip(signed(&block.stored(half))) {
+                *x = (f32::from(*q) - B::OFFSET) * scale;
             }
         }
     }
@@ -96,11 +118,15 @@ where
         for b in 0..blocks {
             let scales = array!(R, r => {
                 isa.prefetch(w[r][b].as_ptr().wrapping_add(PREFETCH_BYTES));
-                isa.splat(w[r][b].scale())
+                w[r][b].scale()
             });
             for half in 0..2 {
+                // Products and differences of so few bits are exact. A zero's sign
+                // may differ from the value's, which changes no sum that began at +0.
                 let w = array!(R, r => {
-                    isa.mul(isa.load_i8(&w[r][b].integers(half)), scales[r])
+                    let q = isa.load_i8(signed(&w[r][b].stored(half)));
+                    let begin = isa.splat(-<[u8; N] as Block>::OFFSET * scales[r]);
+                    isa.mul_add(begin, q, isa.splat(scales[r]))
                 });
                 for t in 0..T {
                     let x = isa.load_f32(&x[t][2 * b + half]);
