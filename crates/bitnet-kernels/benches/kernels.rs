@@ -4,15 +4,16 @@
 //!
 //! Medians of interleaved runs (with `--best` the fastest, for a machine that is
 //! busy with other work); limits are measured in the same process.
-//! `cargo bench -p bitnet-kernels -- [gemv|gemm|float] [--best]`
+//! `cargo bench -p bitnet-kernels -- [gemv|gemm|product|float] [--best]`
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use bitnet_core::{Activation, Layout};
 use bitnet_kernels::{
-    AttendQuery, DenseRows, Kernels, KvHead, KvHeadInt8Mut, MatMut, QuantizedTokens, TernaryRows,
-    attend_scores_len, key_blocks_len, store_key,
+    AttendQuery, DenseRows, Kernels, KvHead, KvHeadInt8Mut, MatMut, MatRef, PACK_DEPTH, PackSource,
+    PackedRef, QuantizedTokens, TernaryRows, Unit, attend_scores_len, key_blocks_len, packed_len,
+    store_key,
 };
 use half::f16;
 
@@ -30,6 +31,9 @@ fn main() {
     }
     if wanted("gemm") {
         gemm();
+    }
+    if wanted("product") {
+        product();
     }
     if wanted("float") {
         float();
@@ -137,7 +141,10 @@ fn gemv() {
                     });
                 }),
             ));
-            for &k in kernels.iter().filter(|k| weights < 90_000_000 || k.name() != "portable") {
+            for &k in kernels
+                .iter()
+                .filter(|k| weights < 90_000_000 || ["avx512vbmi", "avx2"].contains(&k.name()))
+            {
                 let (bytes, x) = (&bytes, &x);
                 let w = TernaryRows { layout, cols, weight_scale: 0.5, bytes };
                 runs.push((
@@ -230,6 +237,103 @@ fn gemm() {
             })
             .collect();
         println!("  K {cols} N {rows} T {count:>3}: peak {peak:.0}, {}", line.join(", "));
+    }
+}
+
+/// Training's float product beside the `gemm` crate and the peak of fused
+/// multiply-adds, right operand's packing included.
+fn product() {
+    println!("float product, one thread (GFLOP/s, share of the peak)");
+    let kernels = Kernels::all();
+    for (m, n, k, transposed) in [
+        (64, 256, 256, false),
+        (256, 256, 768, false),
+        (256, 256, 1376, false),
+        (256, 256, 256, true),
+        (256, 256, 2048, true),
+        (1376, 256, 2048, true),
+        (512, 4096, 256, false),
+        (512, 768, 2048, false),
+        (768, 768, 2048, true),
+    ] {
+        let values = |n: usize| -> Vec<f32> {
+            noise(n).iter().map(|&b| f32::from(b as i8) * 0.03).collect()
+        };
+        let (a, b) = (values(m * k), values(k * n));
+        let left = if transposed { MatRef::new(&a, k, m, m).t() } else { MatRef::new(&a, m, k, k) };
+        let steps = (m * n * k / 400).max(1);
+        let mut operations = 0.0;
+        let mut runs: Vec<Run<'_>> = vec![(
+            "peak".into(),
+            Box::new(|| operations = Kernels::detect().float_peak_probe(steps) as f64),
+        )];
+        for &kernels in kernels.iter().filter(|k| ["avx512vbmi", "avx2"].contains(&k.name())) {
+            let mut packed = vec![Unit::default(); packed_len(k, n)];
+            let mut out = vec![0.0; m * n];
+            let b = &b;
+            runs.push((
+                kernels.name().into(),
+                Box::new(move || {
+                    for (i, packed) in packed.chunks_mut(packed_len(PACK_DEPTH, n)).enumerate() {
+                        let rows = packed.len() / packed_len(1, n);
+                        let rows = MatRef::new(&b[i * PACK_DEPTH * n..], rows, n, n);
+                        kernels.pack_block(PackSource::Floats(rows), packed);
+                    }
+                    let right = PackedRef::new(&packed, k, n);
+                    let out_view = MatMut::new(&mut out, m, n);
+                    kernels.float_product(black_box(left), right, out_view, false);
+                    black_box(&out);
+                }),
+            ));
+        }
+        let mut out = vec![0.0f32; m * n];
+        let (a_row, a_col) = if transposed { (1, m as isize) } else { (k as isize, 1) };
+        let (a_ptr, b_ptr) = (a.as_ptr(), b.as_ptr());
+        runs.push((
+            "gemm crate".into(),
+            Box::new(move || {
+                // SAFETY: `a` and `b` hold m · k and k · n elements and outlive the
+                // runs; `out` holds m · n.
+                unsafe {
+                    gemm::gemm(
+                        m,
+                        n,
+                        k,
+                        out.as_mut_ptr(),
+                        1,
+                        n as isize,
+                        false,
+                        black_box(a_ptr),
+                        a_col,
+                        a_row,
+                        b_ptr,
+                        1,
+                        n as isize,
+                        0.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        gemm::Parallelism::None,
+                    );
+                }
+                black_box(&out);
+            }),
+        ));
+        let times = medians(Duration::from_secs(1), &mut runs);
+        let names: Vec<String> = runs.iter().map(|(name, _)| name.clone()).collect();
+        drop(runs);
+        let peak = operations / times[0] * 1e-9;
+        let line: Vec<String> = names[1..]
+            .iter()
+            .zip(&times[1..])
+            .map(|(name, t)| {
+                let rate = (2 * m * n * k) as f64 / t * 1e-9;
+                format!("{name} {rate:.0} ({:.0}%)", 100.0 * rate / peak)
+            })
+            .collect();
+        let side = if transposed { "Aᵀ" } else { "A " };
+        println!("  {side} M {m} N {n} K {k}: peak {peak:.0}, {}", line.join(", "));
     }
 }
 

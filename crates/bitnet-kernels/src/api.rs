@@ -29,6 +29,19 @@ impl Kernels {
         dispatch!(self, _isa => quantize::activations(x, head))
     }
 
+    /// Quantises the gradient of one token to int8, zeroes the padding behind it and
+    /// returns (scale, sum of the integers). Unlike [`Kernels::quantize`] it knows no
+    /// smallest scale: gradients are as small as they like. Where nothing but zeros,
+    /// or an infinity, is found, all integers and the scale are zero.
+    ///
+    /// # Panics
+    /// If `q` is shorter than `x`.
+    pub fn quantize_gradient(self, x: &[f32], q: &mut [i8]) -> (f32, i32) {
+        let (head, padding) = q.split_at_mut(x.len());
+        padding.fill(0);
+        dispatch!(self, _isa => quantize::gradients(x, head))
+    }
+
     /// Integer sums of packed rows and tokens: `out[t, n] = Σ_k trit[n, k] · q[t, k]`.
     ///
     /// # Panics
@@ -56,6 +69,11 @@ impl Kernels {
     /// RMSNorm of one token; returns `inv_rms`, which a backward pass needs.
     pub fn rms_norm(self, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) -> f32 {
         dispatch!(self, isa => float::rms_norm(isa, x, weight, eps, out))
+    }
+
+    /// `1 / sqrt(mean(x²) + eps)`: what [`Kernels::rms_norm`] returns.
+    pub fn inv_rms(self, x: &[f32], eps: f32) -> f32 {
+        dispatch!(self, isa => float::inv_rms(isa, x, eps))
     }
 
     /// [`Kernels::rms_norm`] of one token, then [`Kernels::quantize`] of its output:
@@ -137,6 +155,12 @@ impl Kernels {
     /// The dot product of two slices of one length, in the order of lanes.
     pub fn dot(self, a: &[f32], b: &[f32]) -> f32 {
         dispatch!(self, isa => float::dot(isa, a, b))
+    }
+
+    /// The sum of squares in double precision, in sixteen lanes that are added in
+    /// their order.
+    pub fn sum_of_squares(self, x: &[f32]) -> f64 {
+        dispatch!(self, _isa => float::sum_of_squares(x))
     }
 
     /// The sum of magnitudes of one row of master weights, in f64; equals

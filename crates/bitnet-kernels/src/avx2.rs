@@ -8,13 +8,13 @@ use crate::isa::isa_token;
 use crate::simd::{Simd, array};
 
 isa_token! {
-    /// AVX2 with F16C (Haswell, Zen and later).
-    Avx2 = "avx2": ["avx2", "f16c"]
+    /// AVX2 with F16C and FMA (Haswell, Zen and later).
+    Avx2 = "avx2": ["avx2", "f16c", "fma"]
 }
 
 isa_token! {
     /// AVX2 with 256-bit VNNI (Alder Lake, Sierra Forest and later).
-    AvxVnni = "avxvnni": ["avx2", "f16c", "avxvnni"]
+    AvxVnni = "avxvnni": ["avx2", "f16c", "fma", "avxvnni"]
 }
 
 /// An intrinsic that this file's tokens prove to be present.
@@ -196,6 +196,11 @@ macro_rules! implement {
             #[inline(always)]
             fn mul_add(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats {
                 both!(i => op!(self, _mm256_add_ps(acc[i], _mm256_mul_ps(a[i], b[i]))))
+            }
+
+            #[inline(always)]
+            fn fma(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats {
+                both!(i => op!(self, _mm256_fmadd_ps(a[i], b[i], acc[i])))
             }
 
             #[inline(always)]

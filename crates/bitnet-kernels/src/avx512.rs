@@ -252,6 +252,11 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn fma(self, acc: __m512, a: __m512, b: __m512) -> __m512 {
+                op!(self, _mm512_fmadd_ps(a, b, acc))
+            }
+
+            #[inline(always)]
             fn mul(self, a: __m512, b: __m512) -> __m512 {
                 op!(self, _mm512_mul_ps(a, b))
             }

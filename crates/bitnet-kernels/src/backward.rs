@@ -53,7 +53,31 @@ fn relu2_mul_backward(gate: &[f32], up: &[f32], grad: &[f32], dgate: &mut [f32],
     }
 }
 
+/// Gradient of a softmax: `dp ← p · (dp − Σ p · dp) · scale`.
+#[inline(always)]
+fn softmax_backward<S: Simd>(isa: S, p: &[f32], dp: &mut [f32], scale: f32) {
+    let mean = dot(isa, dp, p);
+    for (d, &p) in dp.iter_mut().zip(p) {
+        *d = p * (*d - mean) * scale;
+    }
+}
+
 impl Kernels {
+    /// The backward pass of a softmax of `scale` times some scores: `p` are the
+    /// probabilities, `dp` their gradient, which becomes that of the scores.
+    ///
+    /// # Panics
+    /// If the slices are not of one length.
+    pub fn softmax_backward(self, p: &[f32], dp: &mut [f32], scale: f32) {
+        assert_eq!(p.len(), dp.len(), "one length");
+        dispatch!(self, isa => softmax_backward(isa, p, dp, scale));
+    }
+
+    /// `x *= factor`, elementwise.
+    pub fn scale(self, x: &mut [f32], factor: f32) {
+        dispatch!(self, _isa => x.iter_mut().for_each(|x| *x *= factor));
+    }
+
     /// The backward pass of [`Kernels::rms_norm`] for one token.
     ///
     /// # Shapes

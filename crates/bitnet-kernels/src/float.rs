@@ -60,6 +60,22 @@ pub(crate) fn dot<S: Simd>(isa: S, a: &[f32], b: &[f32]) -> f32 {
     isa.lane_sum(sum)
 }
 
+/// See [`crate::Kernels::sum_of_squares`].
+#[inline(always)]
+pub(crate) fn sum_of_squares(x: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += f64::from(x) * f64::from(x);
+        }
+    }
+    for (lane, &x) in lanes.iter_mut().zip(rest) {
+        *lane += f64::from(x) * f64::from(x);
+    }
+    lanes.iter().sum()
+}
+
 /// `1 / sqrt(mean(x²) + eps)`.
 #[inline(always)]
 pub(crate) fn inv_rms<S: Simd>(isa: S, x: &[f32], eps: f32) -> f32 {

@@ -24,14 +24,14 @@ mod backward;
 mod dense;
 mod dense_blocks;
 mod float;
-#[cfg(feature = "gemm")]
-mod gemm;
+mod float_product;
 mod int4_rows;
 mod isa;
 mod limits;
 mod mat;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod optimizer;
 mod panel;
 mod portable;
 mod product;
@@ -46,10 +46,10 @@ pub use attention::{
 };
 pub use dense::DenseRows;
 pub use dense_blocks::{INT4_BYTES, INT8_BYTES, ROW_BLOCK};
-#[cfg(feature = "gemm")]
-pub use gemm::{MatRef, gemm};
+pub use float_product::{MatRef, PACK_DEPTH, PackSource, PackedRef, Unit, packed_len};
 pub use int4_rows::{INT4_MAX_COLS, Int4Rows};
 pub use isa::{IsaError, Kernels, required_isas_missing};
 pub use mat::MatMut;
+pub use optimizer::AdamW;
 pub use quantize::repack_row;
 pub use ternary::{QuantizedTokens, TernaryRows, TokensRef};

@@ -35,6 +35,41 @@ impl Kernels {
     }
 }
 
+impl Kernels {
+    /// Multiplies and adds floats in registers, fused, with as many independent
+    /// sums as the float product keeps, for `steps` rounds. Returns the operations
+    /// done, a multiply-add being two.
+    #[must_use]
+    pub fn float_peak_probe(self, steps: usize) -> u64 {
+        dispatch!(self, isa => float_peak(isa, steps))
+    }
+}
+
+#[inline(always)]
+fn float_peak<S: Simd>(isa: S, steps: usize) -> u64 {
+    let sums = if S::WIDE {
+        float_rounds::<S, WIDE_SUMS>(isa, steps);
+        WIDE_SUMS
+    } else {
+        float_rounds::<S, NARROW_SUMS>(isa, steps);
+        NARROW_SUMS
+    };
+    (steps * sums * 16 * 2) as u64
+}
+
+#[inline(always)]
+fn float_rounds<S: Simd, const N: usize>(isa: S, steps: usize) {
+    let [a, b] = black_box([0.999f32, 0.001]).map(|x| isa.splat(x));
+    let mut sums = array!(N, i => isa.splat(i as f32));
+    for _ in 0..steps {
+        for sum in &mut sums {
+            *sum = isa.fma(b, *sum, a);
+        }
+    }
+    let total = array!(N, i => isa.lane_sum(sums[i]));
+    black_box(total);
+}
+
 #[inline(always)]
 fn read<S: Simd>(isa: S, bytes: &[u8]) -> u32 {
     // SAFETY: any bytes are valid integers.

@@ -81,12 +81,6 @@ impl<'a, T> MatMut<'a, T> {
         MatMut { owner: PhantomData, ..*self }
     }
 
-    /// The first element and the distance between rows.
-    #[cfg(feature = "gemm")]
-    pub(crate) fn as_mut_ptr(&mut self) -> (*mut T, usize) {
-        (self.ptr, self.stride)
-    }
-
     /// One row.
     ///
     /// # Panics

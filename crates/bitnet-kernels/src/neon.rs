@@ -259,6 +259,11 @@ macro_rules! implement {
             }
 
             #[inline(always)]
+            fn fma(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats {
+                array!(4, i => op!(self, vfmaq_f32(acc[i], a[i], b[i])))
+            }
+
+            #[inline(always)]
             fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
                 array!(4, i => op!(self, vmulq_f32(a[i], b[i])))
             }

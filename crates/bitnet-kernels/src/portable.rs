@@ -169,6 +169,11 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    fn fma(self, acc: [f32; 16], a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        array!(16, i => f32::mul_add(a[i], b[i], acc[i]))
+    }
+
+    #[inline(always)]
     fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
         array!(16, i => a[i] * b[i])
     }

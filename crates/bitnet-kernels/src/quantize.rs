@@ -52,6 +52,28 @@ pub(crate) fn activations_of(x: &[f32], absmax: f32, q: &mut [i8]) -> (f32, i32)
     (act_scale, sum)
 }
 
+/// See [`crate::Kernels::quantize_gradient`]; `q` is as long as `x`.
+#[inline(always)]
+pub(crate) fn gradients(x: &[f32], q: &mut [i8]) -> (f32, i32) {
+    let mut max = 0;
+    for &v in x {
+        max = larger_magnitude(max, v);
+    }
+    let max = f32::from_bits(max);
+    let inv = ternary::ACTIVATION_MAX / max;
+    if !(inv.is_finite() && max.is_finite()) {
+        q.fill(0);
+        return (0.0, 0);
+    }
+    let mut sum = 0i32;
+    for (q, &x) in q.iter_mut().zip(x) {
+        let int = quantize_activation(x, inv);
+        sum += int;
+        *q = int as i8;
+    }
+    (max / ternary::ACTIVATION_MAX, sum)
+}
+
 /// [`ternary::absmax`], over bit patterns: magnitudes are ordered as integers,
 /// and an integer maximum may be taken in any order.
 #[inline(always)]

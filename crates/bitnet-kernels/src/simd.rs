@@ -133,6 +133,9 @@ pub(crate) trait Simd: Copy {
     fn splat(self, x: f32) -> Self::Floats;
     /// `acc + a · b`, rounded twice: never fused.
     fn mul_add(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// `acc + a · b`, rounded once. Where the machine has no such instruction it is
+    /// computed, slowly.
+    fn fma(self, acc: Self::Floats, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `a · b`.
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `b` where it is larger than `a`, else `a`: a NaN in `b` does not count.

@@ -5,12 +5,82 @@ use std::path::PathBuf;
 
 use bitnet_core::{Exit, ExitError};
 use bitnet_format::json::write_json;
+use bitnet_train::bench::{self, BenchOptions};
 use bitnet_train::device::DeviceChoice;
 use bitnet_train::progress::View;
 use bitnet_train::{TrainError, config_file, report, reproduce, sweep};
 use clap::Args;
 
-use crate::{coded, on_interrupt, set_threads};
+use crate::{coded, on_interrupt};
+
+/// Measure how fast a config trains here, beside the limits of the machine, and where
+/// the time of a step goes.
+///
+/// Tokens a second (median and best step), operations by the usual count of 6 for each
+/// multiplied parameter and token, their share of the f32 peak that is measured between
+/// the steps, the forward products' share of the int8 peak, memory, and the time of a
+/// step by what it is spent on. Nothing is saved.
+#[derive(Debug, Args)]
+pub(crate) struct Bench {
+    /// The config: a path, or the name of a file in a `configs` folder.
+    #[arg(long, value_name = "FILE|NAME")]
+    config: String,
+
+    /// Change a key of the config; can be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+
+    /// Train on this folder of token shards instead of made-up tokens.
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+
+    /// Steps that are measured.
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    steps: u32,
+
+    /// Steps before them.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    warmup: u32,
+
+    /// Write the initial weights and the batches to start.safetensors in this folder,
+    /// for another program to train on.
+    #[arg(long, value_name = "DIR")]
+    dump: Option<PathBuf>,
+
+    /// Threads of the CPU [default: all].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) threads: Option<u16>,
+
+    /// Write the results as JSON to a file; `-`: to standard output.
+    #[arg(long, value_name = "FILE")]
+    json: Option<String>,
+
+    /// cpu, ndarray, wgpu[:n] or cuda[:n].
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: DeviceChoice,
+}
+
+impl Bench {
+    pub(crate) fn run(&self) -> Result<(), ExitError> {
+        let config = config_file::find(&self.config)
+            .and_then(|path| config_file::load(&path, &self.set))
+            .map_err(coded)?;
+        let mut config = config;
+        if let Some(dir) = &self.data {
+            config.data.dir.clone_from(dir);
+        }
+        let options = BenchOptions {
+            config,
+            device: self.device,
+            steps: self.steps as usize,
+            warmup: self.warmup as usize,
+            corpus: self.data.is_some(),
+            dump: self.dump.clone(),
+        };
+        let report = bench::bench(&options).map_err(coded)?;
+        show(report.to_string().trim_end(), self.json.as_deref(), &report)
+    }
+}
 
 /// Compare runs on one self-contained HTML page.
 ///
@@ -74,7 +144,7 @@ pub(crate) struct Sweep {
     report: Option<PathBuf>,
 
     #[command(flatten)]
-    on: On,
+    pub(crate) on: On,
 }
 
 /// Where and how runs are run.
@@ -82,7 +152,7 @@ pub(crate) struct Sweep {
 pub(crate) struct On {
     /// Threads of the CPU [default: all].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
+    pub(crate) threads: Option<u16>,
 
     /// Write the results as JSON to a file; `-`: to standard output.
     #[arg(long, value_name = "FILE")]
@@ -104,19 +174,21 @@ impl On {
         if self.plain { View::Plain } else { View::Auto }
     }
 
-    /// The text goes to standard output, unless the JSON does.
     fn show(&self, text: &str, value: &impl serde::Serialize) -> Result<(), ExitError> {
-        let shown = if self.json.as_deref() == Some("-") {
-            eprintln!("{text}");
-            Ok(())
-        } else {
-            writeln!(std::io::stdout().lock(), "{text}")
-        };
-        let written = |dest: &String| write_json(dest, value);
-        shown
-            .and_then(|()| self.json.as_ref().map_or(Ok(()), written))
-            .map_err(|e| ExitError::new(Exit::Failed, e))
+        show(text, self.json.as_deref(), value)
     }
+}
+
+/// The text goes to standard output, unless the JSON does.
+fn show(text: &str, json: Option<&str>, value: &impl serde::Serialize) -> Result<(), ExitError> {
+    let shown = if json == Some("-") {
+        eprintln!("{text}");
+        Ok(())
+    } else {
+        writeln!(std::io::stdout().lock(), "{text}")
+    };
+    let written = |dest: &str| write_json(dest, value);
+    shown.and_then(|()| json.map_or(Ok(()), written)).map_err(|e| ExitError::new(Exit::Failed, e))
 }
 
 impl Sweep {
@@ -142,7 +214,6 @@ impl Sweep {
             name.push("-sweep");
             name.into()
         });
-        set_threads(self.on.threads)?;
         let device = self.on.device.unwrap_or(DeviceChoice::Cpu);
         let stop = on_interrupt()?;
         let table = sweep::sweep(&config, &variants, &dir, device, &stop, self.on.view());
@@ -199,12 +270,11 @@ pub(crate) struct Reproduce {
     data: Option<PathBuf>,
 
     #[command(flatten)]
-    on: On,
+    pub(crate) on: On,
 }
 
 impl Reproduce {
     pub(crate) fn run(&self) -> Result<(), ExitError> {
-        set_threads(self.on.threads)?;
         let temporary = tempfile::tempdir().map_err(|e| ExitError::new(Exit::Failed, e))?;
         let request = reproduce::Request {
             run: self.run.clone(),

@@ -153,12 +153,17 @@ impl Teacher {
         let mut seen = Vec::new();
         let watch = self.config.relations > 0.0;
         let layer = self.layer;
-        let (hidden, weight) =
-            self.model.hidden(tokens, examples.documents.clone(), &mut |at, which, _, y| {
-                if watch && at == layer && is_relation(which) {
+        let documents = examples.documents.clone();
+        let (hidden, weight) = self.model.hidden_traced(
+            tokens,
+            documents,
+            |at| watch && at == layer,
+            &mut |_, which, _, y| {
+                if is_relation(which) {
                     seen.push(y);
                 }
-            });
+            },
+        );
         let temperature = self.config.temperature as f32;
         (SoftTargets { hidden, weight, temperature, factor: self.config.logits as f32 }, seen)
     }
@@ -191,11 +196,12 @@ pub fn loss(model: &Transformer, examples: &Examples, teacher: Option<&Teacher>)
         .filter(|_| !relations.is_empty())
         .map(|teacher| teacher.config.relation_layer.unwrap_or(last));
     let mut own = Vec::new();
-    let (hidden, head) = model.hidden(
+    let (hidden, head) = model.hidden_traced(
         examples.tokens.clone(),
         examples.documents.clone(),
-        &mut |at, which, _, y| {
-            if Some(at) == watched && is_relation(which) {
+        |at| Some(at) == watched,
+        &mut |_, which, _, y| {
+            if is_relation(which) {
                 own.push(y);
             }
         },

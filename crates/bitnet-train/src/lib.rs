@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod config_file;
@@ -19,6 +20,7 @@ pub mod ops;
 pub mod optim;
 pub mod plan;
 pub mod plot;
+pub mod profile;
 pub mod progress;
 pub mod ranks;
 pub mod recompute;

@@ -85,9 +85,22 @@ struct Args {
 /// What else can be done with runs.
 #[derive(Debug, Subcommand)]
 enum Command {
+    Bench(commands::Bench),
     Report(commands::Report),
     Sweep(commands::Sweep),
     Reproduce(commands::Reproduce),
+}
+
+impl Args {
+    /// `--threads`, wherever it was given.
+    fn threads(&self) -> Option<u16> {
+        match &self.command {
+            Some(Command::Bench(bench)) => bench.threads,
+            Some(Command::Sweep(sweep)) => sweep.on.threads,
+            Some(Command::Reproduce(reproduce)) => reproduce.on.threads,
+            Some(Command::Report(_)) | None => self.threads,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -107,7 +120,15 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<(), ExitError> {
     // The fused operations take the instruction set from the environment.
     Kernels::from_env().map_err(ExitError::usage)?;
+    set_threads(args.threads())?;
+    // On a thread of the pool: a parallel loop then begins without waking a thread and
+    // ends without handing back to another.
+    rayon::scope(|_| command(args))
+}
+
+fn command(args: &Args) -> Result<(), ExitError> {
     match &args.command {
+        Some(Command::Bench(bench)) => bench.run(),
         Some(Command::Report(report)) => report.run(),
         Some(Command::Sweep(sweep)) => sweep.run(),
         Some(Command::Reproduce(reproduce)) => reproduce.run(),
@@ -117,7 +138,6 @@ fn run(args: &Args) -> Result<(), ExitError> {
 
 fn train(args: &Args) -> Result<(), ExitError> {
     let config = config(args).map_err(coded)?;
-    set_threads(args.threads)?;
     let options =
         RunOptions { config, device: args.device, resume: args.resume, until: args.until };
     let failed = |e| ExitError::new(Exit::Failed, e);

@@ -22,6 +22,8 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, Gradients, Tensor, TensorData};
 use rayon::prelude::*;
 
+use crate::ops::cpu::kernels;
+use crate::profile;
 use crate::ranks::Ranks;
 use crate::schedule::Rates;
 use adamw::Moments;
@@ -69,17 +71,19 @@ impl GradientSum {
     /// The Euclidean norm of all of it. `host`: the tensors lie in host memory.
     #[must_use]
     pub fn norm(&mut self, host: bool) -> f64 {
-        let squares = self.tensors.iter_mut().flatten().map(|tensor| {
-            if !host {
-                return f64::from(tensor.clone().square().sum().into_scalar::<f32>());
-            }
-            let device = tensor.device();
-            let data = take(tensor, &device);
-            let sum = sum_of_squares(slice(&data));
-            *tensor = Tensor::from_data(data, &device);
-            sum
-        });
-        squares.sum::<f64>().sqrt()
+        let _span = profile::span("gradient norm");
+        if !host {
+            let square = |t: &Tensor<1>| f64::from(t.clone().square().sum().into_scalar::<f32>());
+            return self.tensors.iter().flatten().map(square).sum::<f64>().sqrt();
+        }
+        let devices: Vec<Device> = self.tensors.iter().flatten().map(Tensor::device).collect();
+        let data: Vec<TensorData> =
+            self.tensors.iter_mut().flatten().zip(&devices).map(|(t, d)| take(t, d)).collect();
+        let squares = sums_of_squares(&data);
+        for ((tensor, data), device) in self.tensors.iter_mut().flatten().zip(data).zip(&devices) {
+            *tensor = Tensor::from_data(data, device);
+        }
+        squares.into_iter().sum::<f64>().sqrt()
     }
 }
 
@@ -171,10 +175,20 @@ impl Optimizer {
         micro_steps: usize,
         rates: Rates,
     ) -> M {
+        let _span = profile::span("optimizer");
         self.steps += 1;
         let scale = clipped(self.config.clip_norm, norm, micro_steps);
         let gradients = sum.tensors.into_iter();
-        model.map(&mut Stepper { optimizer: self, next: 0, gradients, rates, scale })
+        let mut stepper =
+            Stepper { optimizer: self, next: 0, gradients, rates, scale, taken: Vec::new() };
+        let model = model.map(&mut stepper);
+        let mut taken = stepper.taken;
+        if taken.iter().all(Option::is_none) {
+            return model;
+        }
+        // All parameters in one loop.
+        adamw::step_all(taken.iter_mut().flatten());
+        model.map(&mut Finisher { optimizer: self, next: 0, taken })
     }
 
     /// Names and lengths of the state's tensors, in the order of
@@ -274,6 +288,9 @@ struct Stepper<'o> {
     gradients: std::vec::IntoIter<Option<Tensor<1>>>,
     rates: Rates,
     scale: f64,
+    /// What waits for the loop over all parameters; a parameter of one element stands
+    /// in its place.
+    taken: Vec<Option<adamw::Taken>>,
 }
 
 impl ModuleMapper for Stepper<'_> {
@@ -282,6 +299,7 @@ impl ModuleMapper for Stepper<'_> {
         let slot = &mut slots[self.next];
         self.next += 1;
         let Some(gradient) = self.gradients.next().flatten() else {
+            self.taken.push(None);
             return param;
         };
         let group = config.groups.get(slot.group);
@@ -292,18 +310,56 @@ impl ModuleMapper for Stepper<'_> {
         let (id, tensor, mapper) = param.consume();
         let (strategy, tracked) = (tensor.device(), tensor.is_require_grad());
         let shape = tensor.shape();
-        let flat = tensor.inner().reshape([-1]);
-        let flat = match &mut slot.state {
+        let inner = tensor.inner();
+        let device = inner.device();
+        let flat = inner.reshape([-1]);
+        let (taken, flat) = match &mut slot.state {
             SlotState::Adamw(moments) => {
                 let update = adamw::Update::new(config, rates, *steps, self.scale);
-                update.apply(*host, flat, gradient, moments)
+                if *host {
+                    let taken = update.take(flat, gradient, moments, shape.clone());
+                    (Some(taken), Tensor::zeros([1], &device))
+                } else {
+                    (None, update.apply_tensors(flat, gradient, moments))
+                }
             }
             SlotState::Muon(momentum) => {
                 let update = muon::Update::new(config, rates, momentum.shape, self.scale);
-                update.apply(*host, flat, gradient, &mut momentum.buffer)
+                (None, update.apply(*host, flat, gradient, &mut momentum.buffer))
             }
         };
-        let mut tensor: Tensor<D> = flat.reshape(shape);
+        let mut tensor: Tensor<D> = match taken {
+            Some(_) => flat.reshape([1; D]),
+            None => flat.reshape(shape),
+        };
+        self.taken.push(taken);
+        if strategy.is_autodiff() {
+            tensor = Tensor::from_inner(tensor).set_require_grad(tracked);
+        }
+        Param::from_mapped_value(id, tensor, mapper)
+    }
+}
+
+/// Puts parameters back into their places.
+struct Finisher<'o> {
+    optimizer: &'o mut Optimizer,
+    next: usize,
+    taken: Vec<Option<adamw::Taken>>,
+}
+
+impl ModuleMapper for Finisher<'_> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let at = self.next;
+        self.next += 1;
+        let (Some(taken), SlotState::Adamw(moments)) =
+            (self.taken[at].take(), &mut self.optimizer.slots[at].state)
+        else {
+            return param;
+        };
+        let (id, tensor, mapper) = param.consume();
+        let (strategy, tracked) = (tensor.device(), tensor.is_require_grad());
+        let device = tensor.inner().device();
+        let mut tensor: Tensor<D> = taken.finish(moments, &device);
         if strategy.is_autodiff() {
             tensor = Tensor::from_inner(tensor).set_require_grad(tracked);
         }
@@ -325,10 +381,21 @@ fn slice_mut(data: &mut TensorData) -> &mut [f32] {
     data.as_mut_slice().expect("parameters, gradients and moments are f32")
 }
 
-/// In double precision, chunk by chunk in order.
+/// Of every tensor in double precision, chunk by chunk in order, in one loop.
+fn sums_of_squares(tensors: &[TensorData]) -> Vec<f64> {
+    let chunks = tensors.iter().enumerate();
+    let chunks: Vec<(usize, &[f32])> =
+        chunks.flat_map(|(i, t)| slice(t).chunks(CHUNK).map(move |c| (i, c))).collect();
+    let sums: Vec<(usize, f64)> =
+        chunks.into_par_iter().map(|(i, c)| (i, kernels().sum_of_squares(c))).collect();
+    let mut out = vec![0.0; tensors.len()];
+    sums.into_iter().for_each(|(i, sum)| out[i] += sum);
+    out
+}
+
+/// The same of one.
 fn sum_of_squares(values: &[f32]) -> f64 {
-    let chunk = |c: &[f32]| c.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>();
-    let sums: Vec<f64> = values.par_chunks(CHUNK).map(chunk).collect();
+    let sums: Vec<f64> = values.par_chunks(CHUNK).map(|c| kernels().sum_of_squares(c)).collect();
     sums.iter().sum()
 }
 

@@ -11,10 +11,38 @@
 use burn::module::Module;
 use burn::tensor::{Gradients, Int, Tensor};
 
-use crate::distill::Examples;
+use crate::distill::{self, Examples, Teacher};
 use crate::model::{Rows, Transformer};
 use crate::ops;
 use crate::optim::GradientSum;
+use crate::profile;
+
+/// Adds a micro-step's gradients to `sum` and returns its loss; one that is not
+/// finite may have none. `recompute`: with the activations of one block at a time.
+pub fn gradients(
+    model: &Transformer,
+    examples: &Examples,
+    teacher: Option<&Teacher>,
+    recompute: bool,
+    sum: &mut GradientSum,
+) -> f32 {
+    if recompute {
+        let (objective, _) = distill::objective(examples, teacher);
+        let targets = examples.targets.clone().flatten(0, 1);
+        return backward(model, examples, sum, |hidden, head| {
+            ops::language_loss(hidden, head, targets, &objective)
+        });
+    }
+    let forward = profile::span("forward");
+    let loss = distill::loss(model, examples, teacher);
+    let value: f32 = loss.clone().into_scalar();
+    drop(forward);
+    if value.is_finite() {
+        let _span = profile::span("backward");
+        sum.add(model, loss.backward());
+    }
+    value
+}
 
 /// Adds the gradients of a loss to `sum` and returns the loss.
 ///
@@ -54,7 +82,7 @@ pub fn backward(
 
     for (block, x) in model.blocks.iter().zip(inputs).rev() {
         let x = leaf(x);
-        let mut gradients = against(block.forward(x.clone(), &rows, None), grad).backward();
+        let mut gradients = against(block.forward(x.clone(), &rows), grad).backward();
         grad = take(&x, &mut gradients);
         sum.add(model, gradients);
     }
@@ -79,7 +107,7 @@ fn block_inputs(
     let mut inputs = Vec::with_capacity(plain.blocks.len());
     let mut x = ops::embed(plain.stored_embedding(), tokens.inner());
     for block in &plain.blocks {
-        let out = block.forward(x.clone(), rows, None);
+        let out = block.forward(x.clone(), rows);
         inputs.push(std::mem::replace(&mut x, out));
     }
     (inputs, x)
@@ -110,7 +138,6 @@ mod tests {
     use burn::tensor::{Device, TensorData};
 
     use super::*;
-    use crate::distill;
 
     fn ids(step: i64, device: &Device) -> Tensor<2, Int> {
         let ids: Vec<i64> = (0..40).map(|i| (i * 37 + step * 11) % 320).collect();

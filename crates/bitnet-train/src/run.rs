@@ -18,7 +18,7 @@ use crate::checkpoint::{self, Snapshot, State};
 use crate::config::TrainConfig;
 use crate::corpus::{self, Reduction};
 use crate::device::DeviceChoice;
-use crate::distill::{Examples, Teacher};
+use crate::distill::Teacher;
 use crate::error::with_path;
 use crate::metrics::{self, EvalMetric, Metric, Sample, TrainMetric, WeightMetric};
 use crate::model::Transformer;
@@ -30,9 +30,7 @@ use crate::run_info::{Data, RunInfo, Start};
 use crate::stage::Stage;
 use crate::summary::Summary;
 use crate::weights::Trits;
-use crate::{
-    TrainError, config_file, distill, evaluate, memory, ops, plan, plot, recompute, start,
-};
+use crate::{TrainError, config_file, evaluate, memory, plan, plot, recompute, start};
 
 /// Steps over which a run's final training loss is averaged.
 pub(crate) const LAST_STEPS: usize = 100;
@@ -151,6 +149,7 @@ impl<'r> Trainer<'r> {
     ) -> Result<(Self, Transformer), TrainError> {
         let mut config = options.config.clone();
         config.validate()?;
+        config.quantization.check_device(options.device)?;
         let train = Arc::new(Dataset::open(&config.data.dir, Split::Train)?);
         let validation = Dataset::open(&config.data.dir, Split::Validation)?;
         let tokenizer = train.tokenizer()?;
@@ -436,7 +435,9 @@ impl<'r> Trainer<'r> {
                 break;
             }
             let (examples, tokens) = corpus::examples(&batch, end, reduction, &self.device);
-            let value = f64::from(self.gradients(&model, &examples, &mut sum));
+            let (teacher, recompute) = (self.teacher.as_ref(), self.config.batch.recompute);
+            let value = recompute::gradients(&model, &examples, teacher, recompute, &mut sum);
+            let value = f64::from(value);
             let masked_sum = reduction == Reduction::Sum && batch.loss_mask.is_some();
             nats += value * if masked_sum { all } else { tokens as f64 };
             counted += tokens as f64;
@@ -474,25 +475,6 @@ impl<'r> Trainer<'r> {
             rss_bytes: memory::rss_bytes(),
         };
         Ok((model, Some(metric)))
-    }
-
-    /// Adds a micro-step's gradients to `sum` and returns its loss; one that is not
-    /// finite may have none.
-    fn gradients(&self, model: &Transformer, examples: &Examples, sum: &mut GradientSum) -> f32 {
-        let teacher = self.teacher.as_ref();
-        if self.config.batch.recompute {
-            let (objective, _) = distill::objective(examples, teacher);
-            let targets = examples.targets.clone().flatten(0, 1);
-            return recompute::backward(model, examples, sum, |hidden, head| {
-                ops::language_loss(hidden, head, targets, &objective)
-            });
-        }
-        let loss = distill::loss(model, examples, teacher);
-        let value: f32 = loss.clone().into_scalar();
-        if value.is_finite() {
-            sum.add(model, loss.backward());
-        }
-        value
     }
 
     /// Shows and records what was measured, on the rank that writes.

@@ -6,6 +6,7 @@ use bitnet_core::{ActivationQuantizer, ModelConfig, WeightQuantizer};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::device::DeviceChoice;
 use crate::model::Transformer;
 use crate::ops::LinearRecipe;
 
@@ -22,6 +23,10 @@ pub struct StageConfig {
     pub blend: f64,
     /// Until then activations that end with 4 bits have 8 (arXiv:2411.04965).
     pub int8_until: f64,
+    /// Whether the gradients of the linear layers' inputs are integer products too,
+    /// of gradients quantised to int8 per token (SwitchBack, arXiv:2304.13013): faster,
+    /// and no longer the exact gradients. On the CPU.
+    pub int8_backward: bool,
 }
 
 /// What holds at one step.
@@ -31,16 +36,19 @@ pub struct Stage {
     pub blend: f32,
     /// Whether activations have 8 bits, whatever the recipe says.
     pub int8: bool,
+    /// See [`LinearRecipe::int8_backward`].
+    pub int8_backward: bool,
 }
 
 impl Stage {
     /// The finished model.
-    pub const FINAL: Self = Self { blend: 1.0, int8: false };
+    pub const FINAL: Self = Self { blend: 1.0, int8: false, int8_backward: false };
 
     /// The recipe of a linear layer in this stage.
     #[must_use]
     pub fn recipe(self, config: &ModelConfig, linear: Linear) -> LinearRecipe {
-        let recipe = LinearRecipe { blend: self.blend, ..LinearRecipe::new(config, linear) };
+        let Self { blend, int8_backward, .. } = self;
+        let recipe = LinearRecipe { blend, int8_backward, ..LinearRecipe::new(config, linear) };
         let narrow = [ActivationQuantizer::Int4, ActivationQuantizer::Int4Absmean];
         if self.int8 && narrow.contains(&recipe.activations) {
             return LinearRecipe { activations: ActivationQuantizer::Int8, ..recipe };
@@ -71,7 +79,8 @@ impl StageConfig {
         } else {
             1.0
         };
-        Stage { blend, int8: step < share(self.int8_until) }
+        let (int8, int8_backward) = (step < share(self.int8_until), self.int8_backward);
+        Stage { blend, int8, int8_backward }
     }
 
     /// Checks the table against the model.
@@ -101,6 +110,23 @@ impl StageConfig {
             let reason = "has no use: model.recipe.activations is neither int4 nor a4.8";
             return Err(TrainError::value("quantization.int8_until", self.int8_until, reason));
         }
+        let all_integer = Linear::ALL.iter().all(|&l| LinearRecipe::new(model, l).is_integer());
+        if self.int8_backward && !all_integer {
+            let reason = "needs weights of one scale and int8 activations in all linear layers";
+            return Err(TrainError::value("quantization.int8_backward", true, reason));
+        }
+        Ok(())
+    }
+
+    /// Checks the table against the device.
+    ///
+    /// # Errors
+    /// A key that this device cannot follow.
+    pub fn check_device(&self, device: DeviceChoice) -> Result<(), TrainError> {
+        if self.int8_backward && device != DeviceChoice::Cpu {
+            let reason = format!("is for --device cpu, not {device}");
+            return Err(TrainError::value("quantization.int8_backward", true, reason));
+        }
         Ok(())
     }
 }
@@ -118,7 +144,8 @@ mod tests {
 
     #[test]
     fn float_then_blend_then_ternary() {
-        let stages = StageConfig { float_until: 0.4, blend: 0.3, int8_until: 0.9 };
+        let stages =
+            StageConfig { float_until: 0.4, blend: 0.3, int8_until: 0.9, int8_backward: false };
         let blend: Vec<f32> = (0..11).map(|s| stages.at(s, 10).blend).collect();
         assert_eq!(blend, [0.0, 0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]);
         let int8: Vec<bool> = (0..11).map(|s| stages.at(s, 10).int8).collect();
@@ -136,8 +163,12 @@ mod tests {
             ..tiny.clone()
         };
         let twin = ModelConfig { weight_quantizer: WeightQuantizer::None, ..tiny.clone() };
-        let stages =
-            |float_until, blend, int8_until| StageConfig { float_until, blend, int8_until };
+        let stages = |float_until, blend, int8_until| StageConfig {
+            float_until,
+            blend,
+            int8_until,
+            int8_backward: false,
+        };
         stages(0.0, 0.0, 0.5).validate(&four).unwrap();
         stages(0.5, 0.5, 0.0).validate(&tiny).unwrap();
         for (stages, model, message) in [
@@ -158,7 +189,7 @@ mod tests {
             recipe: serde_json::from_str(r#"{"activations":"a4.8"}"#).unwrap(),
             ..ModelConfig::tiny()
         };
-        let early = Stage { blend: 1.0, int8: true };
+        let early = Stage { blend: 1.0, int8: true, int8_backward: false };
         assert_eq!(early.recipe(&config, Linear::Q).activations, ActivationQuantizer::Int8);
         let last = Stage::FINAL;
         assert_eq!(last.recipe(&config, Linear::Q).activations, ActivationQuantizer::Int4Absmean);

@@ -8,7 +8,9 @@ use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
 use super::transformer::{Init, LayerTrace};
-use crate::ops::{self, AttentionShape, LinearRecipe};
+use crate::ops::{
+    self, AttentionShape, AttentionWeights, FeedForwardWeights, LayerRecipe, LinearRecipe,
+};
 
 /// A linear layer without bias whose master weights are quantised in the forward
 /// pass, or not, for the float twin.
@@ -46,11 +48,9 @@ impl BitLinear {
     }
 
     /// The same, handing input and output to `trace`.
-    fn traced(&self, x: Tensor<2>, which: Linear, trace: &mut Option<LayerTrace<'_>>) -> Tensor<2> {
+    fn traced(&self, x: Tensor<2>, which: Linear, trace: LayerTrace<'_>) -> Tensor<2> {
         let y = self.forward(x.clone());
-        if let Some(trace) = trace {
-            trace(which, x, y.clone());
-        }
+        trace(which, x, y.clone());
         y
     }
 }
@@ -116,9 +116,8 @@ pub struct Attention {
 }
 
 impl Attention {
-    fn forward(&self, h: Tensor<2>, rows: &Rows, trace: &mut Option<LayerTrace<'_>>) -> Tensor<2> {
-        let [tokens, _] = h.dims();
-        let shape = AttentionShape {
+    fn shape(&self, tokens: usize, rows: &Rows) -> AttentionShape {
+        AttentionShape {
             batch: rows.batch,
             time: tokens / rows.batch,
             heads: self.heads,
@@ -126,7 +125,26 @@ impl Attention {
             head_dim: self.head_dim,
             rope_theta: self.rope_theta,
             documents: rows.documents.clone(),
+        }
+    }
+
+    /// `x + attention(norm(x))`; see [`ops::attention_layer`].
+    fn forward(&self, x: Tensor<2>, norm: &RmsNorm, rows: &Rows) -> Tensor<2> {
+        let shape = self.shape(x.dims()[0], rows);
+        let weights = AttentionWeights {
+            norm: norm.weight.val(),
+            q: self.q.weight.val(),
+            k: self.k.weight.val(),
+            v: self.v.weight.val(),
+            sub_norm: self.sub_norm.as_ref().map(|norm| norm.weight.val()),
+            o: self.o.weight.val(),
         };
+        let recipe = LayerRecipe { linear: self.q.recipe, output: self.o.recipe, eps: norm.eps };
+        ops::attention_layer(x, weights, shape, recipe)
+    }
+
+    fn traced(&self, h: Tensor<2>, rows: &Rows, trace: LayerTrace<'_>) -> Tensor<2> {
+        let shape = self.shape(h.dims()[0], rows);
         let q = self.q.traced(h.clone(), Linear::Q, trace);
         let k = self.k.traced(h.clone(), Linear::K, trace);
         let v = self.v.traced(h, Linear::V, trace);
@@ -159,7 +177,21 @@ pub struct FeedForward {
 struct Act(Activation);
 
 impl FeedForward {
-    fn forward(&self, h: Tensor<2>, trace: &mut Option<LayerTrace<'_>>) -> Tensor<2> {
+    /// `x + feed_forward(norm(x))`; see [`ops::feed_forward`].
+    fn forward(&self, x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+        let weights = FeedForwardWeights {
+            norm: norm.weight.val(),
+            gate: self.gate.weight.val(),
+            up: self.up.weight.val(),
+            sub_norm: self.sub_norm.as_ref().map(|norm| norm.weight.val()),
+            down: self.down.weight.val(),
+        };
+        let (linear, output) = (self.gate.recipe, self.down.recipe);
+        let recipe = LayerRecipe { linear, output, eps: norm.eps };
+        ops::feed_forward(x, weights, self.act.0, recipe)
+    }
+
+    fn traced(&self, h: Tensor<2>, trace: LayerTrace<'_>) -> Tensor<2> {
         let gate = self.gate.traced(h.clone(), Linear::Gate, trace);
         let up = self.up.traced(h, Linear::Up, trace);
         let mixed = ops::gated(self.act.0, gate, up);
@@ -216,16 +248,17 @@ impl Block {
     }
 
     /// `[B·T, D]` to the same shape.
-    pub fn forward(
-        &self,
-        x: Tensor<2>,
-        rows: &Rows,
-        mut trace: Option<LayerTrace<'_>>,
-    ) -> Tensor<2> {
+    pub fn forward(&self, x: Tensor<2>, rows: &Rows) -> Tensor<2> {
+        let x = self.attention.forward(x, &self.attention_norm, rows);
+        self.feed_forward.forward(x, &self.feed_forward_norm)
+    }
+
+    /// The same, operation by operation, with every linear layer handed to `trace`.
+    pub fn forward_traced(&self, x: Tensor<2>, rows: &Rows, trace: LayerTrace<'_>) -> Tensor<2> {
         let h = self.attention_norm.forward(x.clone());
-        let x = x + self.attention.forward(h, rows, &mut trace);
+        let x = x + self.attention.traced(h, rows, trace);
         let h = self.feed_forward_norm.forward(x.clone());
-        x + self.feed_forward.forward(h, &mut trace)
+        x + self.feed_forward.traced(h, trace)
     }
 
     /// The linear layer of that name.

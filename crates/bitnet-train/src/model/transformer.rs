@@ -101,7 +101,7 @@ impl Transformer {
     /// `tokens` is `[B, T]`, the result `[B, T, V]`.
     pub fn forward(&self, tokens: Tensor<2, Int>) -> Tensor<3> {
         let [batch, time] = tokens.dims();
-        let (hidden, head) = self.hidden(tokens, None, &mut |_, _, _, _| ());
+        let (hidden, head) = self.hidden(tokens, None);
         let logits = ops::logits(hidden, head);
         let [_, vocab] = logits.dims();
         logits.reshape([batch, time, vocab])
@@ -110,7 +110,7 @@ impl Transformer {
     /// The logits of the last position of every sequence, `[B, V]`.
     pub fn forward_last(&self, tokens: Tensor<2, Int>) -> Tensor<2> {
         let [batch, time] = tokens.dims();
-        let (hidden, head) = self.hidden(tokens, None, &mut |_, _, _, _| ());
+        let (hidden, head) = self.hidden(tokens, None);
         let [_, size] = hidden.dims();
         let last = hidden.reshape([batch, time, size]).narrow(1, time - 1, 1);
         ops::logits(last.reshape([batch, size]), head)
@@ -122,7 +122,7 @@ impl Transformer {
     /// `tokens` and `targets` are `[B, T]`, the result is `[1]`.
     pub fn loss(&self, tokens: Tensor<2, Int>, targets: Tensor<2, Int>) -> Tensor<1> {
         let [batch, time] = tokens.dims();
-        let (hidden, head) = self.hidden(tokens, None, &mut |_, _, _, _| ());
+        let (hidden, head) = self.hidden(tokens, None);
         ops::cross_entropy(hidden, head, targets.reshape([batch * time]))
     }
 
@@ -133,29 +133,49 @@ impl Transformer {
         tokens: Tensor<2, Int>,
         trace: &mut dyn FnMut(usize, Linear, Tensor<2>, Tensor<2>),
     ) -> Tensor<2> {
-        let (hidden, head) = self.hidden(tokens, None, trace);
+        let (hidden, head) = self.hidden_traced(tokens, None, |_| true, trace);
         ops::logits(hidden, head)
     }
 
     /// The normed hidden state `[B · T, D]` and the head's weights as stored.
-    /// `documents`: see [`ops::AttentionShape::documents`]; `trace`: see
-    /// [`Transformer::forward_traced`].
+    /// `documents`: see [`ops::AttentionShape::documents`].
     pub fn hidden(
         &self,
         tokens: Tensor<2, Int>,
         documents: Option<Arc<[usize]>>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        self.hidden_traced(tokens, documents, |_| false, &mut |_, _, _, _| ())
+    }
+
+    /// The same, handing the linear layers of the `watched` blocks to `trace`; see
+    /// [`Transformer::forward_traced`].
+    pub fn hidden_traced(
+        &self,
+        tokens: Tensor<2, Int>,
+        documents: Option<Arc<[usize]>>,
+        watched: impl Fn(usize) -> bool,
         trace: &mut dyn FnMut(usize, Linear, Tensor<2>, Tensor<2>),
     ) -> (Tensor<2>, Tensor<2>) {
         let [batch, _] = tokens.dims();
-        let embedding = self.stored_embedding();
-        let head = self.stored_head().unwrap_or_else(|| embedding.clone());
+        let (embedding, head) = self.stored();
         let rows = Rows { batch, documents };
         let mut x = ops::embed(embedding, tokens);
         for (layer, block) in self.blocks.iter().enumerate() {
-            let mut trace_layer = |which, input, output| trace(layer, which, input, output);
-            x = block.forward(x, &rows, Some(&mut trace_layer));
+            x = if watched(layer) {
+                let mut trace = |which, input, output| trace(layer, which, input, output);
+                block.forward_traced(x, &rows, &mut trace)
+            } else {
+                block.forward(x, &rows)
+            };
         }
         (self.norm.forward(x), head)
+    }
+
+    /// Embedding and head in the precision in which they are stored.
+    fn stored(&self) -> (Tensor<2>, Tensor<2>) {
+        let embedding = self.stored_embedding();
+        let head = self.stored_head().unwrap_or_else(|| embedding.clone());
+        (embedding, head)
     }
 
     /// Sets what happens to the weights and inputs of every linear layer.

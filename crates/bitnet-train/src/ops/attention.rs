@@ -1,21 +1,26 @@
 //! Causal grouped-query attention with rotary positions folded in.
 //!
-//! The forward pass runs one query at a time through the kernel of the inference
-//! engine, so that both give the same bits. The backward pass computes the
-//! probabilities again, in blocks of queries, from the saved inputs: T × T is
-//! never held.
+//! The forward pass runs through the kernel of the inference engine, so that both
+//! give the same bits. The backward pass computes the probabilities again, in blocks
+//! of queries, from the saved inputs: T × T is never held.
 
 use std::sync::Arc;
 
 use bitnet_core::rope;
-use bitnet_kernels::{KEY_BLOCK, MatMut, MatRef, gemm, key_blocks_len, store_key};
+use bitnet_kernels::{
+    ATTEND_TILE, AttendQuery, KvHead, MatMut, MatRef, attend_scores_len, key_blocks_len, store_key,
+};
 use burn::tensor::{Device, Tensor, TensorData, activation};
 use rayon::prelude::*;
 
 use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels};
+use super::products::Packed;
+use super::scratch::Scratch;
+use crate::profile;
 
-/// Queries whose probabilities exist at one time in a backward task.
-const BLOCK: usize = 64;
+/// Queries whose probabilities exist at one time in a backward task: whole tiles of
+/// the float product.
+const BLOCK: usize = 48;
 
 /// The shape of an attention layer and its batch.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,8 +96,7 @@ pub fn attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape
     }
     let dims = q.dims();
     let inputs = [q.into_dispatch(), k.into_dispatch(), v.into_dispatch()];
-    let segments = shape.segments();
-    apply(Attention { shape, segments }, inputs, device.is_autodiff(), dims)
+    apply(Attention { shape }, inputs, device.is_autodiff(), dims)
 }
 
 /// The same with tensor operations.
@@ -138,7 +142,6 @@ pub fn plain(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape) ->
 #[derive(Debug, Clone)]
 struct Attention {
     shape: AttentionShape,
-    segments: Vec<Segment>,
 }
 
 struct Tables {
@@ -172,107 +175,181 @@ impl Tables {
     }
 }
 
-/// Copies head `head` of a segment out of `[B·T, n·C]` into `[len, C]`.
-fn gather(x: &[f32], segment: Segment, c: usize, heads: usize, head: usize) -> Vec<f32> {
-    let Segment { start, len } = segment;
-    let mut out = Vec::with_capacity(len * c);
-    for row in x[start * heads * c..(start + len) * heads * c].chunks_exact(heads * c) {
-        out.extend_from_slice(&row[head * c..(head + 1) * c]);
+/// Heads in a matrix of tokens: `[B·T, stride]`, those of one head `C` columns of it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Heads<'a> {
+    /// The elements.
+    pub(super) data: &'a [f32],
+    /// From one token to the next.
+    pub(super) stride: usize,
+    /// The first head's first column.
+    pub(super) first: usize,
+}
+
+impl Heads<'_> {
+    /// Head `head` of a segment, `[len, C]`.
+    fn gather(&self, segment: Segment, c: usize, head: usize) -> Vec<f32> {
+        let mut out = Vec::with_capacity(segment.len * c);
+        for t in segment.start..segment.start + segment.len {
+            let at = t * self.stride + self.first + head * c;
+            out.extend_from_slice(&self.data[at..at + c]);
+        }
+        out
+    }
+}
+
+/// The matrix of all heads, cut into what belongs to one segment and one of `n`
+/// groups of neighbouring heads: views `[len, columns of the group]`, in the order of
+/// tasks.
+fn cut<'m>(all: MatMut<'m, f32>, segments: &[Segment], n: usize) -> Vec<MatMut<'m, f32>> {
+    let width = all.cols() / n;
+    let mut out = Vec::with_capacity(segments.len() * n);
+    let mut below = all;
+    for segment in segments {
+        let (mut rows, rest) = below.split_rows(segment.len);
+        below = rest;
+        for _ in 0..n {
+            let (own, right) = rows.split_cols(width);
+            out.push(own);
+            rows = right;
+        }
     }
     out
 }
 
-/// Puts heads `[len, C]`, ordered by segment and head, together to `[B·T, n·C]`.
-fn scatter(parts: &[Vec<f32>], segments: &[Segment], c: usize, heads: usize) -> Vec<f32> {
-    let rows: usize = segments.iter().map(|s| s.len).sum();
-    let mut out = vec![0.0f32; rows * heads * c];
-    let mut rest = &mut out[..];
-    let mut tasks = Vec::with_capacity(segments.len());
-    for (segment, parts) in segments.iter().zip(parts.chunks_exact(heads)) {
-        let (rows, behind) = rest.split_at_mut(segment.len * heads * c);
-        tasks.push((rows, parts));
-        rest = behind;
-    }
-    tasks.into_par_iter().for_each(|(rows, parts)| {
-        for (t, row) in rows.chunks_exact_mut(heads * c).enumerate() {
-            for (part, out) in parts.iter().zip(row.chunks_exact_mut(c)) {
-                out.copy_from_slice(&part[t * c..(t + 1) * c]);
-            }
-        }
+/// Queries, keys and values.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Qkv<'a> {
+    pub(super) q: Heads<'a>,
+    pub(super) k: Heads<'a>,
+    pub(super) v: Heads<'a>,
+}
+
+/// The parts of a gradient, each a matrix of all tokens.
+pub(super) struct QkvMut<'a> {
+    pub(super) q: MatMut<'a, f32>,
+    pub(super) k: MatMut<'a, f32>,
+    pub(super) v: MatMut<'a, f32>,
+}
+
+/// Writes the outputs of all heads, `[B·T, H·C]`.
+pub(super) fn forward(shape: &AttentionShape, qkv: Qkv<'_>, out: &mut [f32]) {
+    let _span = profile::span("attention forward");
+    let (segments, tables) = (shape.segments(), shape.tables());
+    let tokens = shape.batch * shape.time;
+    let out = MatMut::new(out, tokens, shape.heads * shape.head_dim);
+    let tasks = cut(out, &segments, shape.kv_heads);
+    tasks.into_par_iter().enumerate().with_max_len(1).for_each(|(task, out)| {
+        forward_group(shape, &segments, qkv, &tables, task, out);
     });
-    out
 }
 
-impl Attention {
-    /// One key and value head of one segment: outputs of its query heads, each
-    /// `[len, C]`.
-    fn forward_group(&self, inputs: &[Buffer; 3], tables: &Tables, task: usize) -> Vec<Vec<f32>> {
-        let s = &self.shape;
-        let (segment, kv) = (self.segments[task / s.kv_heads], task % s.kv_heads);
-        let (group, c) = (s.heads / s.kv_heads, s.head_dim);
-        let mut keys = gather(inputs[1].data(), segment, c, s.kv_heads, kv);
-        tables.rotate(&mut keys);
-        let mut blocks = vec![0.0f32; key_blocks_len(segment.len, s.head_dim)];
-        for (t, key) in keys.chunks_exact(s.head_dim).enumerate() {
-            store_key(&mut blocks, t, key);
-        }
-        let values = gather(inputs[2].data(), segment, c, s.kv_heads, kv);
-        let mut scores = vec![0.0f32; segment.len.div_ceil(KEY_BLOCK) * KEY_BLOCK];
-        (0..group)
-            .map(|g| {
-                let mut q = gather(inputs[0].data(), segment, c, s.heads, kv * group + g);
-                tables.rotate(&mut q);
-                let mut out = vec![0.0f32; segment.len * s.head_dim];
-                let rows = q.chunks_exact(s.head_dim).zip(out.chunks_exact_mut(s.head_dim));
-                for (t, (q, out)) in rows.enumerate() {
-                    kernels().attend(q, &blocks, &values, t + 1, s.scale(), &mut scores, out);
-                }
-                out
-            })
-            .collect()
+/// One key and value head of one segment: the outputs of its query heads.
+fn forward_group(
+    s: &AttentionShape,
+    segments: &[Segment],
+    qkv: Qkv<'_>,
+    tables: &Tables,
+    task: usize,
+    mut out: MatMut<'_, f32>,
+) {
+    let (segment, kv) = (segments[task / s.kv_heads], task % s.kv_heads);
+    let (group, c, len) = (s.heads / s.kv_heads, s.head_dim, segment.len);
+    let mut keys = qkv.k.gather(segment, c, kv);
+    tables.rotate(&mut keys);
+    let mut blocks = vec![0.0f32; key_blocks_len(len, c)];
+    for (t, key) in keys.chunks_exact(c).enumerate() {
+        store_key(&mut blocks, t, key);
     }
-
-    /// One key and value head of one segment: gradients of its query heads, its
-    /// keys and its values, each `[len, C]`.
-    fn backward_group(
-        &self,
-        inputs: &[Buffer; 3],
-        grad: &[f32],
-        tables: &Tables,
-        task: usize,
-    ) -> GroupGradients {
-        let s = &self.shape;
-        let (segment, kv) = (self.segments[task / s.kv_heads], task % s.kv_heads);
-        let (time, c) = (segment.len, s.head_dim);
-        let group = s.heads / s.kv_heads;
-        let mut keys = gather(inputs[1].data(), segment, c, s.kv_heads, kv);
-        tables.rotate(&mut keys);
-        let values = gather(inputs[2].data(), segment, c, s.kv_heads, kv);
-        let (mut dk, mut dv) = (vec![0.0f32; time * c], vec![0.0f32; time * c]);
-        let mut dqs = Vec::with_capacity(group);
-        for g in 0..group {
-            let mut q = gather(inputs[0].data(), segment, c, s.heads, kv * group + g);
-            tables.rotate(&mut q);
-            let dout = gather(grad, segment, c, s.heads, kv * group + g);
-            let mut dq = vec![0.0f32; time * c];
-            for start in (0..time).step_by(BLOCK) {
-                let end = (start + BLOCK).min(time);
-                let rows = start * c..end * c;
-                let block = QueryBlock { start, q: &q[rows.clone()], dout: &dout[rows.clone()] };
-                block.backward(s, &keys, &values, &mut dq[rows], &mut dk, &mut dv);
-            }
-            tables.rotate_back(&mut dq);
-            dqs.push(dq);
+    let values = qkv.v.gather(segment, c, kv);
+    let cached = KvHead::F32 { keys: &blocks, values: &values };
+    let mut scores = vec![0.0f32; attend_scores_len(ATTEND_TILE, len)];
+    let mut mixed = vec![0.0f32; len * c];
+    for g in 0..group {
+        let mut q = qkv.q.gather(segment, c, kv * group + g);
+        tables.rotate(&mut q);
+        // Neighbouring queries share the loads of keys and values.
+        for first in (0..len).step_by(ATTEND_TILE) {
+            let queries: Vec<AttendQuery> = (first..len.min(first + ATTEND_TILE))
+                .map(|t| AttendQuery { at: t * c, len: t + 1 })
+                .collect();
+            kernels().attend_tile(&queries, &q, cached, c, s.scale(), &mut scores, &mut mixed);
         }
-        tables.rotate_back(&mut dk);
-        GroupGradients { dqs, dk, dv }
+        for (t, mixed) in mixed.chunks_exact(c).enumerate() {
+            out.row(t)[g * c..(g + 1) * c].copy_from_slice(mixed);
+        }
     }
 }
 
-struct GroupGradients {
-    dqs: Vec<Vec<f32>>,
-    dk: Vec<f32>,
-    dv: Vec<f32>,
+/// Writes the gradients of queries, keys and values from that of the outputs,
+/// `[B·T, H·C]`.
+pub(super) fn backward(shape: &AttentionShape, qkv: Qkv<'_>, grad: &[f32], to: QkvMut<'_>) {
+    let _span = profile::span("attention backward");
+    let (segments, tables) = (shape.segments(), shape.tables());
+    let n = shape.kv_heads;
+    let tasks = cut(to.q, &segments, n)
+        .into_iter()
+        .zip(cut(to.k, &segments, n))
+        .zip(cut(to.v, &segments, n))
+        .map(|((q, k), v)| QkvMut { q, k, v });
+    let tasks: Vec<_> = tasks.collect();
+    let grad = Heads { data: grad, stride: shape.heads * shape.head_dim, first: 0 };
+    tasks.into_par_iter().enumerate().with_max_len(1).for_each(|(task, to)| {
+        let segment = segments[task / n];
+        backward_group(shape, segment, task % n, qkv, grad, &tables, to);
+    });
+}
+
+/// One key and value head of one segment: the gradients of its query heads, its
+/// keys and its values.
+fn backward_group(
+    s: &AttentionShape,
+    segment: Segment,
+    kv: usize,
+    qkv: Qkv<'_>,
+    grad: Heads<'_>,
+    tables: &Tables,
+    mut to: QkvMut<'_>,
+) {
+    let (len, c) = (segment.len, s.head_dim);
+    let group = s.heads / s.kv_heads;
+    let mut keys = qkv.k.gather(segment, c, kv);
+    tables.rotate(&mut keys);
+    let values = qkv.v.gather(segment, c, kv);
+    let matrix = |x| MatRef::new(x, len, c, c);
+    let cached = Cached {
+        keys: Packed::floats(matrix(&keys)),
+        keys_t: Packed::floats(matrix(&keys).t()),
+        values_t: Packed::floats(matrix(&values).t()),
+    };
+    let (mut dk, mut dv) = (vec![0.0f32; len * c], vec![0.0f32; len * c]);
+    for g in 0..group {
+        let mut q = qkv.q.gather(segment, c, kv * group + g);
+        tables.rotate(&mut q);
+        let dout = grad.gather(segment, c, kv * group + g);
+        let mut dq = vec![0.0f32; len * c];
+        for start in (0..len).step_by(BLOCK) {
+            let rows = start * c..(start + BLOCK).min(len) * c;
+            let block = QueryBlock { start, q: &q[rows.clone()], dout: &dout[rows.clone()] };
+            block.backward(s, &cached, &mut dq[rows], &mut dk, &mut dv);
+        }
+        tables.rotate_back(&mut dq);
+        for (t, dq) in dq.chunks_exact(c).enumerate() {
+            to.q.row(t)[g * c..(g + 1) * c].copy_from_slice(dq);
+        }
+    }
+    tables.rotate_back(&mut dk);
+    for (t, (dk, dv)) in dk.chunks_exact(c).zip(dv.chunks_exact(c)).enumerate() {
+        to.k.row(t).copy_from_slice(dk);
+        to.v.row(t).copy_from_slice(dv);
+    }
+}
+
+/// Keys and values of a head as right operands: `[T, C]` and, turned, `[C, T]`.
+struct Cached {
+    keys: Packed,
+    keys_t: Packed,
+    values_t: Packed,
 }
 
 /// Some consecutive queries of one head, rotated, with the gradient of their
@@ -288,40 +365,45 @@ impl QueryBlock<'_> {
     fn backward(
         &self,
         s: &AttentionShape,
-        keys: &[f32],
-        values: &[f32],
+        cached: &Cached,
         dq: &mut [f32],
         dk: &mut [f32],
         dv: &mut [f32],
     ) {
-        let c = s.head_dim;
+        let (kernel, c) = (kernels(), s.head_dim);
         let n = self.q.len() / c;
         let end = self.start + n;
-        let (seen_keys, seen_values) =
-            (MatRef::new(keys, end, c, c), MatRef::new(values, end, c, c));
         let (q, dout) = (MatRef::new(self.q, n, c, c), MatRef::new(self.dout, n, c, c));
-        let mut p = vec![0.0f32; n * end];
-        gemm(&mut MatMut::new(&mut p, n, end), q, seen_keys.t(), s.scale(), false);
+        let (mut p, mut ds) = (Scratch::any(n * end), Scratch::any(n * end));
+        kernel.float_product(q, cached.keys_t.view(), MatMut::new(&mut p, n, end), false);
         for (i, row) in p.chunks_exact_mut(end).enumerate() {
             let (seen, unseen) = row.split_at_mut(self.start + i + 1);
-            let (_, sum) = kernels().exp_sum(seen);
-            let inv = 1.0 / sum;
-            seen.iter_mut().for_each(|p| *p *= inv);
+            kernel.scale(seen, s.scale());
+            let (_, sum) = kernel.exp_sum(seen);
+            kernel.scale(seen, 1.0 / sum);
             unseen.fill(0.0);
         }
-        let probabilities = MatRef::new(&p, n, end, end);
-        gemm(&mut MatMut::new(&mut dv[..end * c], end, c), probabilities.t(), dout, 1.0, true);
-        let mut ds = vec![0.0f32; n * end];
-        gemm(&mut MatMut::new(&mut ds, n, end), dout, seen_values.t(), 1.0, false);
+        let seen = |x| MatRef::new(x, n, end, end);
+        let own = Packed::floats(dout);
+        let to = MatMut::new(&mut dv[..end * c], end, c);
+        kernel.float_product(seen(&p).t(), own.view(), to, true);
+        kernel.float_product(dout, cached.values_t.view(), MatMut::new(&mut ds, n, end), false);
         for (ds, p) in ds.chunks_exact_mut(end).zip(p.chunks_exact(end)) {
-            let mean = kernels().dot(ds, p);
-            for (d, &p) in ds.iter_mut().zip(p) {
-                *d = p * (*d - mean);
-            }
+            kernel.softmax_backward(p, ds, s.scale());
         }
-        let ds = MatRef::new(&ds, n, end, end);
-        gemm(&mut MatMut::new(dq, n, c), ds, seen_keys, s.scale(), false);
-        gemm(&mut MatMut::new(&mut dk[..end * c], end, c), ds.t(), q, s.scale(), true);
+        kernel.float_product(seen(&ds), cached.keys.view(), MatMut::new(dq, n, c), false);
+        let own = Packed::floats(q);
+        let to = MatMut::new(&mut dk[..end * c], end, c);
+        kernel.float_product(seen(&ds).t(), own.view(), to, true);
+    }
+}
+
+impl Attention {
+    fn qkv<'a>(&self, [q, k, v]: &'a [Buffer; 3]) -> Qkv<'a> {
+        let s = &self.shape;
+        let heads =
+            |x: &'a Buffer, n: usize| Heads { data: x.data(), stride: n * s.head_dim, first: 0 };
+        Qkv { q: heads(q, s.heads), k: heads(k, s.kv_heads), v: heads(v, s.kv_heads) }
     }
 }
 
@@ -329,14 +411,9 @@ impl CpuOp<3> for Attention {
     type Saved = [Buffer; 3];
 
     fn forward(&self, inputs: [Buffer; 3], track: bool) -> (Vec<f32>, Option<[Buffer; 3]>) {
-        let s = &self.shape;
-        let tables = s.tables();
-        let groups: Vec<Vec<Vec<f32>>> = (0..self.segments.len() * s.kv_heads)
-            .into_par_iter()
-            .map(|task| self.forward_group(&inputs, &tables, task))
-            .collect();
-        let heads: Vec<Vec<f32>> = groups.into_iter().flatten().collect();
-        (scatter(&heads, &self.segments, s.head_dim, s.heads), track.then_some(inputs))
+        let mut out = vec![0.0f32; inputs[0].data().len()];
+        forward(&self.shape, self.qkv(&inputs), &mut out);
+        (out, track.then_some(inputs))
     }
 
     fn backward(
@@ -346,22 +423,17 @@ impl CpuOp<3> for Attention {
         wanted: [bool; 3],
     ) -> [Option<Vec<f32>>; 3] {
         let s = &self.shape;
-        let tables = s.tables();
-        let groups: Vec<GroupGradients> = (0..self.segments.len() * s.kv_heads)
-            .into_par_iter()
-            .map(|task| self.backward_group(inputs, grad, &tables, task))
-            .collect();
-        let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
-        for group in groups {
-            dq.extend(group.dqs);
-            dk.push(group.dk);
-            dv.push(group.dv);
-        }
-        [
-            wanted[0].then(|| scatter(&dq, &self.segments, s.head_dim, s.heads)),
-            wanted[1].then(|| scatter(&dk, &self.segments, s.head_dim, s.kv_heads)),
-            wanted[2].then(|| scatter(&dv, &self.segments, s.head_dim, s.kv_heads)),
-        ]
+        let mut grads = inputs.each_ref().map(|x| vec![0.0f32; x.data().len()]);
+        let [q, k, v] = &mut grads;
+        let tokens = s.batch * s.time;
+        let to = QkvMut {
+            q: MatMut::new(q, tokens, s.heads * s.head_dim),
+            k: MatMut::new(k, tokens, s.kv_heads * s.head_dim),
+            v: MatMut::new(v, tokens, s.kv_heads * s.head_dim),
+        };
+        backward(s, self.qkv(inputs), grad, to);
+        let mut grads = grads.into_iter().zip(wanted).map(|(g, wanted)| wanted.then_some(g));
+        std::array::from_fn(|_| grads.next().flatten())
     }
 }
 

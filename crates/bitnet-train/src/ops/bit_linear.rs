@@ -6,15 +6,14 @@
 //! order of [`bitnet_core::ternary::dequantize`], so that the output is the bit
 //! pattern that the packed engine computes from the same input.
 
-use bitnet_core::ternary::{self, inv_weight_scale};
-use bitnet_core::{Layout, WeightQuantizer, WeightScheme};
-use bitnet_kernels::{MatMut, MatRef, QuantizedTokens, TernaryRows};
+use bitnet_core::{WeightQuantizer, WeightScheme, ternary};
 use burn::tensor::{Tensor, TensorData};
-use rayon::prelude::*;
 
-use super::cpu::{Buffer, CpuOp, ROWS, apply, is_cpu, kernels, matmul};
-use super::linear::on_host;
+use super::cpu::{Buffer, CpuOp, apply, is_cpu};
+use super::linear::{LinearRecipe, on_host};
 use super::mixed_linear::{plain_binary, plain_scale};
+use super::norm::Norm;
+use super::products::{self, Input, Weights};
 
 /// A linear layer with ternary weights of one scale, by any scheme, and int8
 /// activations.
@@ -26,13 +25,13 @@ use super::mixed_linear::{plain_binary, plain_scale};
 /// # Gradients
 /// Straight-through (arXiv:1308.3432): those of `x_q · w_qᵀ` with the de-quantised
 /// values as constants, handed to `x` and `weight` unchanged.
-pub fn bit_linear(x: Tensor<2>, weight: Tensor<2>, scheme: WeightScheme) -> Tensor<2> {
+pub fn bit_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
     let device = x.device();
     if !is_cpu(&device) {
-        return plain(x, weight, scheme);
+        return plain(x, weight, recipe);
     }
     let ([tokens, cols], [rows, _]) = (x.dims(), weight.dims());
-    let op = BitLinear { tokens, rows, cols, scheme };
+    let op = BitLinear { cols, recipe };
     let inputs = [x.into_dispatch(), weight.into_dispatch()];
     apply(op, inputs, device.is_autodiff(), [tokens, rows])
 }
@@ -82,7 +81,8 @@ fn quantize_weight(weight: Tensor<2>, scheme: WeightScheme) -> (Tensor<2>, Tenso
 }
 
 /// The same with tensor operations.
-pub fn plain(x: Tensor<2>, weight: Tensor<2>, scheme: WeightScheme) -> Tensor<2> {
+pub fn plain(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
+    let scheme = recipe.weights;
     let (trits, weight_scale) = quantize_weight_ste(weight, scheme);
     let absmax = x.clone().detach().abs().max_dim(1).clamp_min(ternary::EPSILON);
     let inv_act_scale = absmax.clone().recip_of(ternary::ACTIVATION_MAX);
@@ -105,143 +105,35 @@ impl RecipOf for Tensor<2> {
 
 #[derive(Debug, Clone)]
 struct BitLinear {
-    tokens: usize,
-    rows: usize,
     cols: usize,
-    scheme: WeightScheme,
+    recipe: LinearRecipe,
 }
 
 struct Saved {
-    x: QuantizedTokens,
-    /// `[N, K]` ternary values, packed as the engine stores them.
-    weight: Vec<u8>,
-    weight_scale: f32,
-}
-
-/// The layout of the weights between the forward and the backward pass.
-const LAYOUT: Layout = Layout::P2;
-
-/// Quantises `[tokens, cols]` activations.
-pub(crate) fn quantize_tokens(x: &[f32], cols: usize) -> QuantizedTokens {
-    let k = kernels();
-    let mut out = QuantizedTokens::default();
-    out.resize(x.len() / cols, cols);
-    let stride = out.stride;
-    out.q
-        .par_chunks_mut(ROWS * stride)
-        .zip(out.scales.par_chunks_mut(ROWS).zip(out.sums.par_chunks_mut(ROWS)))
-        .zip(x.par_chunks(ROWS * cols))
-        .for_each(|((q, (scales, sums)), x)| {
-            let outputs = scales.iter_mut().zip(sums);
-            for ((q, (scale, sum)), x) in
-                q.chunks_exact_mut(stride).zip(outputs).zip(x.chunks_exact(cols))
-            {
-                (*scale, *sum) = k.quantize(x, q);
-            }
-        });
-    out
-}
-
-/// Quantises and packs `[rows, cols]` master weights: rows of bytes, and the scale.
-pub(super) fn pack_weights(weights: &[f32], cols: usize, scheme: WeightScheme) -> (Vec<u8>, f32) {
-    if scheme != WeightScheme::B158 {
-        return pack_other(weights, cols, scheme);
-    }
-    let k = kernels();
-    let sums: Vec<f64> =
-        weights.par_chunks(cols).with_min_len(ROWS).map(|row| k.row_abs_sum(row)).collect();
-    let scale = ternary::absmean_from_row_sums(&sums, weights.len());
-    let inv = inv_weight_scale(scale);
-    let mut bytes = vec![0u8; weights.len() / cols * LAYOUT.row_bytes(cols)];
-    bytes
-        .par_chunks_mut(LAYOUT.row_bytes(cols))
-        .zip(weights.par_chunks(cols))
-        .with_min_len(ROWS)
-        .for_each(|(bytes, weights)| k.pack_weight_row(weights, inv, bytes));
-    (bytes, scale)
-}
-
-/// The same by the scalar definition, for the schemes that have no kernel.
-fn pack_other(weights: &[f32], cols: usize, scheme: WeightScheme) -> (Vec<u8>, f32) {
-    let mut values = vec![0i8; weights.len()];
-    let scale = scheme.quantize_group(weights, cols, &mut values);
-    let mut bytes = vec![0u8; weights.len() / cols * LAYOUT.row_bytes(cols)];
-    bytes
-        .par_chunks_mut(LAYOUT.row_bytes(cols))
-        .zip(values.par_chunks(cols))
-        .with_min_len(ROWS)
-        .for_each(|(bytes, values)| LAYOUT.pack_row(values, bytes));
-    (bytes, scale)
-}
-
-/// De-quantised weights `[rows, cols]`.
-pub(super) fn dequantize_weights(bytes: &[u8], scale: f32, rows: usize, cols: usize) -> Vec<f32> {
-    let mut out = vec![0.0f32; rows * cols];
-    out.par_chunks_mut(cols)
-        .zip(bytes.par_chunks(LAYOUT.row_bytes(cols)))
-        .with_min_len(ROWS)
-        .for_each_init(
-            || vec![0i8; cols],
-            |trits, (out, bytes)| {
-                if let Err(e) = LAYOUT.unpack_row(bytes, trits) {
-                    unreachable!("weights packed by the forward pass: {e}");
-                }
-                for (w, &t) in out.iter_mut().zip(trits.iter()) {
-                    *w = f32::from(t) * scale;
-                }
-            },
-        );
-    out
-}
-
-/// De-quantised activations `[tokens, cols]`.
-fn dequantize_tokens(x: &QuantizedTokens, cols: usize) -> Vec<f32> {
-    let mut out = vec![0.0f32; x.scales.len() * cols];
-    out.par_chunks_mut(cols)
-        .zip(x.q.par_chunks(x.stride).zip(&x.scales))
-        .with_min_len(ROWS)
-        .for_each(|(out, (q, &scale))| {
-            for (o, &q) in out.iter_mut().zip(q) {
-                *o = f32::from(q) * scale;
-            }
-        });
-    out
+    x: Input,
+    weight: Weights,
 }
 
 impl CpuOp<2> for BitLinear {
     type Saved = Saved;
 
     fn forward(&self, [x, weight]: [Buffer; 2], track: bool) -> (Vec<f32>, Option<Saved>) {
-        let (k, rows) = (kernels(), self.rows);
-        let q = quantize_tokens(x.data(), self.cols);
-        let (bytes, weight_scale) = pack_weights(weight.data(), self.cols, self.scheme);
-        let w = TernaryRows { layout: LAYOUT, cols: self.cols, weight_scale, bytes: &bytes };
-        let mut out = vec![0.0f32; self.tokens * rows];
-        out.par_chunks_mut(ROWS * rows).enumerate().for_each(|(i, out)| {
-            let tokens = out.len() / rows;
-            let x = q.view().tokens(i * ROWS, i * ROWS + tokens);
-            k.ternary_matmul(w, x, MatMut::new(out, tokens, rows));
-        });
-        (out, track.then_some(Saved { x: q, weight: bytes, weight_scale }))
+        let none = Norm { weight: None, eps: 0.0 };
+        let x = none.input(x.data(), self.cols, true);
+        let [weight] = Weights::all([(&weight, self.cols, self.recipe)]);
+        let out = products::forward(&x, &[&weight]).into_vec();
+        (out, track.then_some(Saved { x, weight }))
     }
 
     fn backward(
         &self,
-        saved: &Saved,
+        Saved { x, weight }: &Saved,
         grad: &[f32],
         [want_x, want_weight]: [bool; 2],
     ) -> [Option<Vec<f32>>; 2] {
-        let (tokens, rows, cols) = (self.tokens, self.rows, self.cols);
-        let grad = MatRef::new(grad, tokens, rows, rows);
-        let dx = want_x.then(|| {
-            let w = dequantize_weights(&saved.weight, saved.weight_scale, rows, cols);
-            matmul(grad, MatRef::new(&w, rows, cols, cols))
-        });
-        let dweight = want_weight.then(|| {
-            let x = dequantize_tokens(&saved.x, cols);
-            matmul(grad.t(), MatRef::new(&x, tokens, cols, cols))
-        });
-        [dx, dweight]
+        let dx = want_x.then(|| products::backward_input(grad, &[weight], self.recipe).into_vec());
+        let dweight = want_weight.then(|| products::backward_weights(grad, x, &[weight]));
+        [dx, dweight.and_then(|mut d| d.pop())]
     }
 }
 
@@ -252,6 +144,11 @@ mod tests {
 
     use super::*;
     use crate::ops::cpu::testing::{check_gradients, random, to_vec};
+    use crate::ops::products::testing::recipes;
+
+    fn recipe(weights: WeightScheme) -> LinearRecipe {
+        LinearRecipe { weights, ..recipes()[0] }
+    }
 
     #[test]
     fn both_versions_equal_the_definition_bit_for_bit() {
@@ -267,7 +164,7 @@ mod tests {
             for device in [Device::flex(), Device::flex().autodiff()] {
                 let tensor = |data: &TensorData| Tensor::<2>::from_data(data.clone(), &device);
                 for run in [bit_linear, plain] {
-                    let out = to_vec(run(tensor(&x), tensor(&w), WeightScheme::B158));
+                    let out = to_vec(run(tensor(&x), tensor(&w), recipe(WeightScheme::B158)));
                     let got: Vec<u32> = out.iter().map(|v| v.to_bits()).collect();
                     assert_eq!(got, want, "[{tokens}, {rows}, {cols}] on {device:?}");
                 }
@@ -296,7 +193,7 @@ mod tests {
                 for run in [bit_linear, plain] {
                     let device = Device::flex().autodiff();
                     let tensor = |data: &TensorData| Tensor::<2>::from_data(data.clone(), &device);
-                    let out = to_vec(run(tensor(&x), tensor(&w), scheme));
+                    let out = to_vec(run(tensor(&x), tensor(&w), recipe(scheme)));
                     let got: Vec<u32> = out.iter().map(|v| v.to_bits()).collect();
                     assert_eq!(got, want, "{scheme:?}");
                 }
@@ -308,8 +205,8 @@ mod tests {
     fn gradients_agree_between_the_versions() {
         check_gradients(
             [random([70, 96], 2.0, 1), random([33, 96], 0.05, 2)],
-            |[x, w]| bit_linear(x, w, WeightScheme::B158),
-            |[x, w]| plain(x, w, WeightScheme::B158),
+            |[x, w]| bit_linear(x, w, recipe(WeightScheme::B158)),
+            |[x, w]| plain(x, w, recipe(WeightScheme::B158)),
             // Sums of 33 and 70 products in another order, and one more rounding of
             // scale and reciprocal in the plain version.
             2e-6,
@@ -343,7 +240,8 @@ mod tests {
             let x = Tensor::<2>::from_data(x.clone(), &device).require_grad();
             let w = Tensor::<2>::from_data(w.clone(), &device).require_grad();
             let dy = Tensor::<2>::from_data(upstream.clone(), &device);
-            let grads = (run(x.clone(), w.clone(), WeightScheme::B158) * dy).sum().backward();
+            let grads =
+                (run(x.clone(), w.clone(), recipe(WeightScheme::B158)) * dy).sum().backward();
             let dx = to_vec(x.grad(&grads).unwrap());
             let dw = to_vec(w.grad(&grads).unwrap());
             // f32 sums of at most 9 products of order one.

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use bitnet_kernels::{Kernels, MatMut, MatRef, gemm};
+use bitnet_kernels::Kernels;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
@@ -14,12 +14,6 @@ use burn::backend::{
     Autodiff, BackendTensor, DispatchKindConversion, DispatchTensor, Flex, TensorMetadata,
 };
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
-use rayon::prelude::*;
-
-/// Rows that one task of a parallel loop takes. Fixed, so that sums over tasks
-/// come in the same order whatever the number of threads.
-pub(crate) const ROWS: usize = 64;
-
 /// The kernels of this machine, chosen once (`BITNET_ISA` forces a path; an
 /// unusable name was refused when the program started).
 pub(crate) fn kernels() -> Kernels {
@@ -169,20 +163,6 @@ fn plain_primitive(tensor: DispatchTensor) -> FlexTensor {
     <DispatchTensor as DispatchKindConversion<Flex>>::try_into_backend(tensor)
         .unwrap_or_else(|e| panic!("fused operation: {e}"))
         .float()
-}
-
-/// `out[M, N] = a[M, K] · b[K, N]` over all threads, in blocks of fixed size.
-pub(crate) fn matmul(a: MatRef<'_>, b: MatRef<'_>) -> Vec<f32> {
-    /// Output rows of a task: tall enough to keep the product efficient.
-    const BLOCK: usize = 128;
-    let (m, n) = (a.rows(), b.cols());
-    let mut out = vec![0.0f32; m * n];
-    out.par_chunks_mut((BLOCK * n).max(1)).enumerate().for_each(|(i, out)| {
-        let rows = out.len() / n.max(1);
-        let a = a.slice_rows(i * BLOCK, i * BLOCK + rows);
-        gemm(&mut MatMut::new(out, rows, n), a, b, 1.0, false);
-    });
-    out
 }
 
 /// Adds equally long partial sums in their order.

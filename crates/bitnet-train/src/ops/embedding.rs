@@ -2,6 +2,7 @@
 
 use bitnet_core::Dtype;
 use burn::tensor::{DType, Int, Tensor};
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
@@ -36,22 +37,35 @@ impl CpuOp<1> for Round {
     type Saved = ();
 
     fn forward(&self, [weight]: [Buffer; 1], track: bool) -> (Vec<f32>, Option<()>) {
-        let round: fn(f32) -> f32 = match self.0 {
-            Dtype::F32 => |x| x,
-            Dtype::F16 => |x| f16::from_f32(x).to_f32(),
-            Dtype::Bf16 => |x| bf16::from_f32(x).to_f32(),
-        };
         let mut out = vec![0.0f32; weight.data().len()];
         out.par_chunks_mut(CHUNK).zip(weight.data().par_chunks(CHUNK)).for_each(|(out, x)| {
-            for (o, &x) in out.iter_mut().zip(x) {
-                *o = round(x);
-            }
+            round_slice(self.0, x, out);
         });
         (out, track.then_some(()))
     }
 
     fn backward(&self, (): &(), grad: &[f32], _wanted: [bool; 1]) -> [Option<Vec<f32>>; 1] {
         [Some(grad.to_vec())]
+    }
+}
+
+/// Rounds to `dtype` and back, in pieces that vector instructions convert.
+fn round_slice(dtype: Dtype, x: &[f32], out: &mut [f32]) {
+    const PIECE: usize = 1024;
+    for (x, out) in x.chunks(PIECE).zip(out.chunks_mut(PIECE)) {
+        match dtype {
+            Dtype::F32 => out.copy_from_slice(x),
+            Dtype::F16 => {
+                let halves = &mut [f16::ZERO; PIECE][..x.len()];
+                halves.convert_from_f32_slice(x);
+                halves.convert_to_f32_slice(out);
+            }
+            Dtype::Bf16 => {
+                let halves = &mut [bf16::ZERO; PIECE][..x.len()];
+                halves.convert_from_f32_slice(x);
+                halves.convert_to_f32_slice(out);
+            }
+        }
     }
 }
 

@@ -3,15 +3,21 @@
 
 use std::sync::Arc;
 
-use bitnet_kernels::{DenseRows, MatMut, MatRef, gemm};
+use bitnet_kernels::{DenseRows, MatMut, MatRef};
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use rayon::prelude::*;
 
-use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels, matmul, sum_in_order};
+use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels};
 use super::embedding::host_tokens;
+use super::products::{self, Packed};
+use super::scratch::{self, Scratch};
+use crate::profile;
 
 /// Tokens whose logits exist at one time, in one task.
-const TOKENS: usize = 64;
+const TOKENS: usize = 96;
+
+/// Elements that one task of a loop over gradients takes.
+const CHUNK: usize = 1 << 16;
 
 /// `logits = hidden · weightᵀ`.
 ///
@@ -203,13 +209,17 @@ impl Teacher {
         Self { hidden, weight, cols, temperature, factor }
     }
 
+    /// Its head as a right operand, `[cols, vocab]`.
+    fn packed(&self, vocab: usize) -> Packed {
+        Packed::floats(MatRef::new(&self.weight, vocab, self.cols, self.cols).t())
+    }
+
     /// The logits of tokens `first..first + n`, `[n, vocab]`.
-    fn logits(&self, first: usize, n: usize, vocab: usize) -> Vec<f32> {
+    fn logits(&self, packed: &Packed, first: usize, n: usize, vocab: usize) -> Vec<f32> {
         let cols = self.cols;
         let mut out = vec![0.0f32; n * vocab];
         let x = MatRef::new(&self.hidden[first * cols..], n, cols, cols);
-        let w = MatRef::new(&self.weight, vocab, cols, cols);
-        gemm(&mut MatMut::new(&mut out, n, vocab), x, w.t(), 1.0, false);
+        kernels().float_product(x, packed.view(), MatMut::new(&mut out, n, vocab), false);
         out
     }
 
@@ -240,18 +250,19 @@ impl Teacher {
 
 /// The gradients of the loss, computed with it.
 struct Gradients {
-    hidden: Vec<f32>,
-    weight: Vec<f32>,
+    hidden: Scratch<f32>,
+    weight: Scratch<f32>,
 }
 
 impl LanguageLoss {
     /// Weighted losses of the tokens from `first` on; `logits` becomes the gradient
     /// of the loss with respect to them.
-    fn losses(&self, logits: &mut [f32], first: usize) -> f64 {
+    fn losses(&self, logits: &mut [f32], first: usize, teacher: Option<&Packed>) -> f64 {
         let mean = 1.0 / self.targets.len() as f32;
         let mut total = 0.0f64;
         let tokens = logits.len() / self.vocab;
-        let mut soft = self.teacher.as_ref().map(|t| t.logits(first, tokens, self.vocab));
+        let mut soft = (self.teacher.as_ref().zip(teacher))
+            .map(|(t, packed)| t.logits(packed, first, tokens, self.vocab));
         for (i, row) in logits.chunks_exact_mut(self.vocab).enumerate() {
             let token = first + i;
             let weight = self.weights.as_ref().map_or(mean, |w| w[token]);
@@ -267,7 +278,7 @@ impl LanguageLoss {
             let ce = f64::from(max) + f64::from(sum).ln() - f64::from(target_logit);
             loss += ce * f64::from(self.cross_entropy);
             let factor = scale / sum;
-            row.iter_mut().for_each(|p| *p *= factor);
+            kernels().scale(row, factor);
             row[target] -= scale;
             if let Some(soft) = soft {
                 row.iter_mut().zip(soft).for_each(|(p, s)| *p += *s * weight);
@@ -286,33 +297,38 @@ impl CpuOp<2> for LanguageLoss {
 
     fn forward(&self, [hidden, weight]: [Buffer; 2], track: bool) -> (Vec<f32>, Option<Gradients>) {
         /// Tokens of a round: bounds the logits that exist at once.
-        const ROUND: usize = 8 * TOKENS;
+        const ROUND: usize = 6 * TOKENS;
         let (vocab, cols) = (self.vocab, self.cols);
+        let _span = profile::span("head");
         let w = MatRef::new(weight.data(), vocab, cols, cols);
+        let (turned, packed) = (Packed::floats(w.t()), track.then(|| Packed::floats(w)));
+        let teacher = self.teacher.as_ref().map(|t| t.packed(vocab));
         let mut total = 0.0f64;
-        let mut dhidden = vec![0.0f32; if track { hidden.data().len() } else { 0 }];
-        let mut dweight = vec![0.0f32; if track { weight.data().len() } else { 0 }];
+        let mut dhidden = Scratch::any(if track { hidden.data().len() } else { 0 });
+        let mut dweight = Scratch::any(if track { weight.data().len() } else { 0 });
         for (round, hidden) in hidden.data().chunks(ROUND * cols).enumerate() {
             let tokens = hidden.len() / cols;
-            let mut dlogits = vec![0.0f32; tokens * vocab];
+            let mut dlogits = Scratch::any(tokens * vocab);
             let losses: Vec<f64> = dlogits
                 .par_chunks_mut(TOKENS * vocab)
                 .zip(hidden.par_chunks(TOKENS * cols))
                 .enumerate()
+                .with_max_len(1)
                 .map(|(part, (logits, hidden))| {
                     let n = hidden.len() / cols;
                     let x = MatRef::new(hidden, n, cols, cols);
-                    gemm(&mut MatMut::new(logits, n, vocab), x, w.t(), 1.0, false);
-                    self.losses(logits, round * ROUND + part * TOKENS)
+                    let out = MatMut::new(&mut *logits, n, vocab);
+                    kernels().float_product(x, turned.view(), out, false);
+                    self.losses(logits, round * ROUND + part * TOKENS, teacher.as_ref())
                 })
                 .collect();
             total += losses.iter().sum::<f64>();
-            if track {
+            if let Some(packed) = &packed {
                 let d = MatRef::new(&dlogits, tokens, vocab, vocab);
-                let dh = matmul(d, w);
-                dhidden[round * ROUND * cols..][..dh.len()].copy_from_slice(&dh);
-                let dw = matmul(d.t(), MatRef::new(hidden, tokens, cols, cols));
-                dweight = sum_in_order(vec![dweight, dw]);
+                let dh = &mut dhidden[round * ROUND * cols..][..tokens * cols];
+                products::product(d, packed, dh, false);
+                let x = Packed::floats(MatRef::new(hidden, tokens, cols, cols));
+                products::product(d.t(), &x, &mut dweight, round > 0);
             }
         }
         let loss = match &self.weights {
@@ -328,7 +344,11 @@ impl CpuOp<2> for LanguageLoss {
         grad: &[f32],
         wanted: [bool; 2],
     ) -> [Option<Vec<f32>>; 2] {
-        let scaled = |values: &[f32]| values.par_iter().map(|v| v * grad[0]).collect();
+        let scaled = |values: &[f32]| {
+            let mut out = scratch::copy(values);
+            out.par_chunks_mut(CHUNK).for_each(|out| kernels().scale(out, grad[0]));
+            out
+        };
         [wanted[0].then(|| scaled(&saved.hidden)), wanted[1].then(|| scaled(&saved.weight))]
     }
 }

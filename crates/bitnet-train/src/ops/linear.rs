@@ -21,9 +21,21 @@ pub struct LinearRecipe {
     /// and the same for the inputs. 1 is the recipe, 0 its float form; between
     /// them lies the way from a float model to a ternary one (arXiv:2502.11895).
     pub blend: f32,
+    /// Whether the gradient of the inputs is an integer product too, of gradients
+    /// quantised to int8 per token (SwitchBack, arXiv:2304.13013). On the CPU.
+    pub int8_backward: bool,
 }
 
 impl LinearRecipe {
+    /// Nothing is quantised.
+    const FLOAT: Self = Self {
+        weights: WeightScheme { quantizer: WeightQuantizer::None, ..WeightScheme::B158 },
+        activations: ActivationQuantizer::None,
+        rotate: false,
+        blend: 1.0,
+        int8_backward: false,
+    };
+
     /// That of a layer of a model.
     #[must_use]
     pub fn new(config: &ModelConfig, linear: names::Linear) -> Self {
@@ -32,6 +44,7 @@ impl LinearRecipe {
             activations: config.activations(linear),
             rotate: config.rotates(linear),
             blend: 1.0,
+            int8_backward: false,
         }
     }
 
@@ -62,10 +75,11 @@ impl LinearRecipe {
 pub fn quantized_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
     let x = if recipe.rotate { rotation::rotate(x) } else { x };
     if recipe.is_float() {
-        return linear(x, weight);
+        // Nothing of the recipe is left, on the CPU in the order of its products.
+        return mixed_linear::mixed_linear(x, weight, LinearRecipe::FLOAT);
     }
     if recipe.is_integer() {
-        return bit_linear(x, weight, recipe.weights);
+        return bit_linear(x, weight, recipe);
     }
     mixed_linear::mixed_linear(x, weight, recipe)
 }
@@ -77,7 +91,7 @@ pub fn plain(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2>
         return linear(x, weight);
     }
     if recipe.is_integer() {
-        return super::bit_linear::plain(x, weight, recipe.weights);
+        return super::bit_linear::plain(x, weight, recipe);
     }
     mixed_linear::plain(x, weight, recipe)
 }

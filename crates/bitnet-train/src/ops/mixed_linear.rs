@@ -11,9 +11,9 @@ use bitnet_kernels::MatRef;
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use super::bit_linear::{dequantize_weights, pack_weights};
-use super::cpu::{Buffer, CpuOp, ROWS, apply, is_cpu, matmul};
+use super::cpu::{Buffer, CpuOp, apply, is_cpu};
 use super::linear::LinearRecipe;
+use super::products::{self, ROWS, matmul};
 
 pub(super) fn mixed_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
     let device = x.device();
@@ -140,14 +140,13 @@ impl MixedLinear {
     }
 
     fn weights(&self, weight: Buffer) -> Operand {
-        let (rows, cols, blend) = (self.rows, self.cols, self.recipe.blend);
+        let (cols, blend) = (self.cols, self.recipe.blend);
         let scheme = self.recipe.weights;
         if scheme.quantizer == WeightQuantizer::None {
             return Operand::Given(weight);
         }
         let mut out = if scheme == WeightScheme::B158 {
-            let (bytes, scale) = pack_weights(weight.data(), cols, scheme);
-            dequantize_weights(&bytes, scale, rows, cols)
+            products::dequantize(weight.data(), cols, scheme)
         } else {
             dequantized(weight.data(), cols, scheme)
         };
@@ -226,7 +225,14 @@ mod tests {
                         let weights = WeightScheme { quantizer, statistic, granularity };
                         let blend = if all.len() % 3 == 0 { 0.25 } else { 1.0 };
                         let rotate = false;
-                        all.push(LinearRecipe { weights, activations, rotate, blend });
+                        let int8_backward = false;
+                        all.push(LinearRecipe {
+                            weights,
+                            activations,
+                            rotate,
+                            blend,
+                            int8_backward,
+                        });
                     }
                 }
             }

@@ -8,28 +8,38 @@
 //! compare the two.
 
 mod attention;
+mod attention_layer;
 mod bit_linear;
 pub(crate) mod cpu;
 mod embedding;
+mod feed_forward;
 mod gated;
 mod head;
 mod linear;
 mod mixed_linear;
+mod norm;
+pub(crate) mod products;
 mod rms_norm;
 mod rotation;
+pub(crate) mod scratch;
 
 pub use attention::{AttentionShape, attention};
+pub use attention_layer::{AttentionWeights, LayerRecipe, attention_layer};
 pub use bit_linear::bit_linear;
 pub use embedding::{embed, round_to};
+pub use feed_forward::{FeedForwardWeights, feed_forward};
 pub use gated::gated;
 pub use head::{Objective, SoftTargets, cross_entropy, language_loss, logits};
 pub use linear::{LinearRecipe, linear, quantized_linear};
 pub use rms_norm::rms_norm;
+pub use scratch::release;
 
 /// The plain versions: burn's tensor operations, on any device.
 pub mod plain {
     pub use super::attention::plain as attention;
+    pub use super::attention_layer::plain as attention_layer;
     pub use super::bit_linear::plain as bit_linear;
+    pub use super::feed_forward::plain as feed_forward;
     pub use super::gated::plain as gated;
     pub use super::head::{
         plain_cross_entropy as cross_entropy, plain_language_loss as language_loss,

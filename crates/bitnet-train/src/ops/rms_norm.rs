@@ -3,7 +3,8 @@
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use super::cpu::{Buffer, CpuOp, ROWS, apply, is_cpu, kernels, sum_in_order};
+use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels, sum_in_order};
+use super::products::ROWS;
 
 /// Normalises every row.
 ///

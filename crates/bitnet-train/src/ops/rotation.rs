@@ -5,8 +5,9 @@ use bitnet_core::quantizer::{hadamard, hadamard_block};
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
-use super::cpu::{Buffer, CpuOp, ROWS, apply, is_cpu};
+use super::cpu::{Buffer, CpuOp, apply, is_cpu};
 use super::linear::hadamard_matrix;
+use super::products::ROWS;
 
 /// Rotates every row of `[tokens, K]` in blocks of the largest power of two that
 /// divides K.

@@ -1,10 +1,13 @@
-//! AdamW with decoupled weight decay (arXiv:1711.05101): one fused pass over a
-//! parameter on the CPU, the same arithmetic in tensor operations elsewhere.
+//! AdamW with decoupled weight decay (arXiv:1711.05101): one fused pass over all
+//! parameters on the CPU, the same arithmetic in tensor operations elsewhere.
 
-use burn::tensor::Tensor;
+use bitnet_kernels::AdamW;
+use burn::tensor::{Device, Shape, Tensor, TensorData};
 use rayon::prelude::*;
 
 use super::{CHUNK, OptimizerConfig, slice, slice_mut, take};
+use crate::ops::cpu::kernels;
+use crate::ops::scratch;
 use crate::schedule::Rates;
 
 /// The running means of a parameter's gradient and of its square.
@@ -14,21 +17,9 @@ pub(super) struct Moments {
     pub(super) second: Tensor<1>,
 }
 
-/// The constants of one step of a parameter: p ← keep · p - rate · m / (√v · root + eps).
+/// The constants of one step of a parameter.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Update {
-    beta1: f32,
-    beta2: f32,
-    eps: f32,
-    /// Takes the sum of gradients to their clipped mean.
-    scale: f32,
-    /// `1 - lr · weight_decay`.
-    keep: f32,
-    /// `lr` over the first moment's bias.
-    rate: f32,
-    /// One over the root of the second moment's bias.
-    root: f32,
-}
+pub(super) struct Update(AdamW);
 
 impl Update {
     /// The constants of step `step` (from 1) for gradients that are to be multiplied
@@ -36,7 +27,7 @@ impl Update {
     pub(super) fn new(config: &OptimizerConfig, rates: Rates, step: u64, scale: f64) -> Self {
         // A power of 2^31 steps is 0 for any beta below 1.
         let power = i32::try_from(step).unwrap_or(i32::MAX);
-        Self {
+        Self(AdamW {
             beta1: config.beta1 as f32,
             beta2: config.beta2 as f32,
             eps: config.eps as f32,
@@ -44,59 +35,86 @@ impl Update {
             keep: (1.0 - rates.lr * rates.weight_decay) as f32,
             rate: (rates.lr / (1.0 - config.beta1.powi(power))) as f32,
             root: (1.0 / (1.0 - config.beta2.powi(power)).sqrt()) as f32,
+        })
+    }
+
+    /// What the step needs, as data of the host; the moments come back with
+    /// [`Taken::finish`].
+    pub(super) fn take(
+        self,
+        p: Tensor<1>,
+        g: Tensor<1>,
+        moments: &mut Moments,
+        shape: Shape,
+    ) -> Taken {
+        let device = moments.first.device();
+        Taken {
+            step: self.0,
+            p: p.into_data(),
+            g: g.into_data(),
+            first: take(&mut moments.first, &device),
+            second: take(&mut moments.second, &device),
+            shape,
         }
     }
 
-    /// `host`: the tensors lie in host memory.
-    pub(super) fn apply(
+    /// The step in tensor operations, on the device.
+    pub(super) fn apply_tensors(
         &self,
-        host: bool,
         p: Tensor<1>,
         g: Tensor<1>,
         moments: &mut Moments,
     ) -> Tensor<1> {
-        if host { self.apply_host(p, g, moments) } else { self.apply_tensors(p, g, moments) }
-    }
-
-    /// The definition: one element.
-    #[inline]
-    fn element(&self, p: &mut f32, g: f32, m: &mut f32, v: &mut f32) {
-        let g = g * self.scale;
-        *m = *m * self.beta1 + g * (1.0 - self.beta1);
-        *v = *v * self.beta2 + g * g * (1.0 - self.beta2);
-        *p = *p * self.keep - self.rate * *m / (v.sqrt() * self.root + self.eps);
-    }
-
-    /// In place, where the tensors own their memory.
-    fn apply_host(&self, p: Tensor<1>, g: Tensor<1>, moments: &mut Moments) -> Tensor<1> {
-        let device = moments.first.device();
-        let mut p = p.into_data();
-        let g = g.into_data();
-        let mut m = take(&mut moments.first, &device);
-        let mut v = take(&mut moments.second, &device);
-        let parts = slice_mut(&mut p).par_chunks_mut(CHUNK).zip(slice(&g).par_chunks(CHUNK));
-        let state = slice_mut(&mut m).par_chunks_mut(CHUNK);
-        let state = state.zip(slice_mut(&mut v).par_chunks_mut(CHUNK));
-        parts.zip(state).for_each(|((p, g), (m, v))| {
-            for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                self.element(p, *g, m, v);
-            }
-        });
-        moments.first = Tensor::from_data(m, &device);
-        moments.second = Tensor::from_data(v, &device);
-        Tensor::from_data(p, &device)
-    }
-
-    /// The same in tensor operations, on the device.
-    fn apply_tensors(&self, p: Tensor<1>, g: Tensor<1>, moments: &mut Moments) -> Tensor<1> {
-        let g = g.mul_scalar(self.scale);
-        let m = moments.first.clone().mul_scalar(self.beta1);
-        let m = m.add(g.clone().mul_scalar(1.0 - self.beta1));
-        let v = moments.second.clone().mul_scalar(self.beta2);
-        let v = v.add(g.square().mul_scalar(1.0 - self.beta2));
-        let root = v.clone().sqrt().mul_scalar(self.root).add_scalar(self.eps);
-        let delta = m.clone().mul_scalar(self.rate).div(root);
+        let Self(step) = self;
+        let g = g.mul_scalar(step.scale);
+        let m = moments.first.clone().mul_scalar(step.beta1);
+        let m = m.add(g.clone().mul_scalar(1.0 - step.beta1));
+        let v = moments.second.clone().mul_scalar(step.beta2);
+        let v = v.add(g.square().mul_scalar(1.0 - step.beta2));
+        let root = v.clone().sqrt().mul_scalar(step.root).add_scalar(step.eps);
+        let delta = m.clone().mul_scalar(step.rate).div(root);
         (moments.first, moments.second) = (m, v);
-        p.mul_scalar(self.keep).sub(delta)
+        p.mul_scalar(step.keep).sub(delta)
     }
+}
+
+/// A parameter, its gradient and its moments on the host.
+pub(super) struct Taken {
+    step: AdamW,
+    p: TensorData,
+    g: TensorData,
+    first: TensorData,
+    second: TensorData,
+    shape: Shape,
+}
+
+impl Taken {
+    /// The parameter; its moments go back to their place.
+    pub(super) fn finish<const D: usize>(
+        self,
+        moments: &mut Moments,
+        device: &Device,
+    ) -> Tensor<D> {
+        moments.first = Tensor::from_data(self.first, device);
+        moments.second = Tensor::from_data(self.second, device);
+        if let Ok(gradient) = self.g.try_into_vec::<f32>() {
+            scratch::give(gradient);
+        }
+        let flat: Tensor<1> = Tensor::from_data(self.p, device);
+        flat.reshape(self.shape)
+    }
+}
+
+/// The step of all of them, in place, in one parallel loop.
+pub(super) fn step_all<'t>(all: impl Iterator<Item = &'t mut Taken>) {
+    let mut tasks = Vec::new();
+    for taken in all {
+        let p = slice_mut(&mut taken.p).chunks_mut(CHUNK);
+        let g = slice(&taken.g).chunks(CHUNK);
+        let m = slice_mut(&mut taken.first).chunks_mut(CHUNK);
+        let v = slice_mut(&mut taken.second).chunks_mut(CHUNK);
+        let step = taken.step;
+        tasks.extend(p.zip(g).zip(m.zip(v)).map(|((p, g), (m, v))| (step, p, g, m, v)));
+    }
+    tasks.into_par_iter().for_each(|(step, p, g, m, v)| kernels().adamw(&step, p, g, m, v));
 }

@@ -21,7 +21,7 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::{CHUNK, OptimizerConfig, slice, slice_mut, sum_of_squares, take};
-use crate::ops::cpu::matmul;
+use crate::ops::products::matmul;
 use crate::schedule::Rates;
 
 /// Newton-Schulz steps.
