@@ -88,6 +88,43 @@ pub enum EvalError {
         /// The context.
         context: usize,
     },
+    /// Nothing that counts among what was read.
+    #[error("nothing to score: no token counts (mode {mode})")]
+    NothingScored {
+        /// The mode.
+        mode: &'static str,
+    },
+    /// Conversations packed into rows, and another mode or context than theirs.
+    #[error(
+        "mode {mode}, context {context}: conversations packed into rows of {row} inputs are scored \
+         row by row, in mode windows with context {row}"
+    )]
+    Rows {
+        /// The mode asked for.
+        mode: &'static str,
+        /// The context asked for.
+        context: usize,
+        /// Inputs in a row.
+        row: usize,
+    },
+    /// A row of a task's file that is not what it should be.
+    #[error("{path}:{line}: {what}")]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// The line, or the row of a parquet file, counted from 1.
+        line: u64,
+        /// What was expected and what was found.
+        what: String,
+    },
+    /// A file of a task that is not what it should be.
+    #[error("{path}: {what}")]
+    TaskFile {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        what: String,
+    },
     /// A file that `bitnet-eval bench --json` did not write.
     #[error("{path}: not the JSON of a bench: {why}")]
     BenchFile {
@@ -138,11 +175,15 @@ impl EvalError {
             | Self::BenchFile { .. }
             | Self::Tokenizer { .. }
             | Self::TooShort { .. }
+            | Self::NothingScored { .. }
+            | Self::Row { .. }
+            | Self::TaskFile { .. }
             | Self::NotFinite { .. } => Exit::BadInput,
             Self::Plot { .. } | Self::Write { .. } => Exit::Failed,
             Self::LongContext { .. }
             | Self::Context { .. }
             | Self::Stride { .. }
+            | Self::Rows { .. }
             | Self::Usage(_) => Exit::Usage,
         }
     }

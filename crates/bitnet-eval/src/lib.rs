@@ -13,11 +13,15 @@ mod error;
 pub mod growth;
 mod model;
 mod perplexity;
+mod ratio;
 mod source;
+pub mod tasks;
 mod windows;
+pub mod words;
 
 pub use error::EvalError;
-pub use model::{EngineModel, LanguageModel, log_prob};
-pub use perplexity::{Perplexity, PerplexityOptions, perplexity};
-pub use source::{TokenSource, open_shards, read_text, sha256_hex};
+pub use model::{EngineModel, LanguageModel, TokenScore, log_prob, token_score};
+pub use perplexity::{Perplexity, PerplexityOptions, TokenText, perplexity};
+pub use ratio::{mean_error, ratio};
+pub use source::{TextDocument, TokenSource, open_shards, read_text, sha256_hex};
 pub use windows::{Mode, Window, Windows};
