@@ -34,7 +34,19 @@ pub struct JournalIdentity {
 struct Line {
     task: String,
     tokens_sha256: String,
-    scores: Vec<Scored>,
+    /// Log-probability and greedy of each choice. The number is text, since JSON's
+    /// readers may round a number in its last bit.
+    scores: Vec<(String, bool)>,
+}
+
+impl Line {
+    fn scores(&self) -> Result<Vec<Scored>, String> {
+        let score = |(number, greedy): &(String, bool)| match number.parse::<f64>() {
+            Ok(log_prob) if log_prob.is_finite() => Ok(Scored { log_prob, greedy: *greedy }),
+            _ => Err(format!("`{number}` is no log-probability")),
+        };
+        self.scores.iter().map(score).collect()
+    }
 }
 
 /// A journal; without a file it remembers nothing.
@@ -80,11 +92,13 @@ impl Journal {
             }
         }
         for (line, text) in lines {
-            let Line { task, tokens_sha256, scores } = serde_json::from_str(text).map_err(|e| {
-                let what = format!("not a question's scores: {e}");
+            let wrong = |what: String| {
+                let what = format!("not a question's scores: {what}");
                 EvalError::Row { path: path.into(), line, what }
-            })?;
-            journal.found.insert((task, tokens_sha256), scores);
+            };
+            let line: Line = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+            let scores = line.scores().map_err(wrong)?;
+            journal.found.insert((line.task, line.tokens_sha256), scores);
         }
         file.set_len(whole as u64).map_err(read)?;
         file.seek(SeekFrom::End(0)).map_err(read)?;
@@ -121,7 +135,7 @@ impl Journal {
         self.write(&Line {
             task: task.to_owned(),
             tokens_sha256: key.to_owned(),
-            scores: scores.to_vec(),
+            scores: scores.iter().map(|s| (format!("{:?}", s.log_prob), s.greedy)).collect(),
         })
     }
 
@@ -169,7 +183,8 @@ mod tests {
     fn what_was_scored_is_found_again_to_the_last_bit() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal.jsonl");
-        let value = -0.1f64 - 0.2;
+        // Numbers that serde_json alone does not read back to the last bit.
+        let value = -61.071_960_609_606_265;
         let mut journal = Journal::open(&path, &identity("f32")).unwrap();
         journal.add("a", "k", &scores(value)).unwrap();
         journal.add("b", "k", &scores(-1e-300)).unwrap();
@@ -209,6 +224,12 @@ mod tests {
             ("hello\n".to_owned(), "journal.jsonl:1: not the head"),
             (format!("{good}{{}}\n{good}"), "journal.jsonl:2: not a question's scores"),
             (format!("{good}{{\"task\":\"a\"}}\n"), "journal.jsonl:2"),
+            (
+                format!(
+                    "{good}{{\"task\":\"a\",\"tokens_sha256\":\"b\",\"scores\":[[\"nan\",true]]}}\n"
+                ),
+                "journal.jsonl:2: not a question's scores: `nan`",
+            ),
         ] {
             std::fs::write(&path, &text).unwrap();
             let error = Journal::open(&path, &identity("f32")).unwrap_err();

@@ -104,7 +104,7 @@ pub fn encode_pair(
 }
 
 /// What a model says about a continuation.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scored {
     /// The sum of its tokens' log-probabilities, in nats.
     pub log_prob: f64,
