@@ -32,11 +32,11 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 LENGTH = {"acc": lambda c: 1, "acc_norm": len, "acc_bytes": lambda c: len(c.encode())}
 
 
-def harness(folder, items, names, limit):
+def harness(folder, dtype, items, names, limit):
     manager = TaskManager(include_path=str(items / "yaml"), include_defaults=False)
     found = lm_eval.simple_evaluate(
         model="hf",
-        model_args={"pretrained": folder, "dtype": "float32",
+        model_args={"pretrained": folder, "dtype": dtype,
                     "attn_implementation": "eager"},
         tasks=[f"local_{name}" for name in names],
         task_manager=manager, limit=limit, batch_size=1, bootstrap_iters=0, device="cpu",
@@ -63,9 +63,11 @@ def main():
     parser.add_argument("items", type=Path)
     parser.add_argument("--bitnet-eval", default="bitnet-eval")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--tasks", nargs="+", help="some of the tasks only")
+    parser.add_argument("--dtype", default="float32", help="what the harness computes in")
     args = parser.parse_args()
-    names = sorted(path.stem for path in args.items.glob("*.jsonl"))
-    theirs, their_results = harness(args.hf, args.items, names, args.limit)
+    names = sorted(args.tasks or (path.stem for path in args.items.glob("*.jsonl")))
+    theirs, their_results = harness(args.hf, args.dtype, args.items, names, args.limit)
     with tempfile.TemporaryDirectory() as folder:
         mine, my_results = ours(args.bitnet_eval, args.model, args.items, names, args.limit, folder)
     failed = False

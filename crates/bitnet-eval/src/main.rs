@@ -7,6 +7,7 @@
 
 mod bench_command;
 mod perplexity_command;
+mod perplexity_report;
 mod progress;
 mod tasks_command;
 

@@ -11,8 +11,8 @@ use bitnet_eval::{
     open_shards, perplexity, read_text, sha256_hex,
 };
 use clap::{Args, ValueEnum};
-use serde::Serialize;
 
+use crate::perplexity_report::{Mean, Several, SourceReport};
 use crate::progress::Progress;
 use crate::{RunArgs, SourceArgs, coded};
 
@@ -35,7 +35,7 @@ Examples:
   bitnet-eval perplexity model.gguf --data data/corpus
   bitnet-eval perplexity model.gguf --data data/corpus --context 256 --windows 64
   bitnet-eval perplexity model.gguf --text book.txt --mode llama-cpp --context 512
-  bitnet-eval perplexity model.gguf --text c4.jsonl wiki.txt --mode blocks
+  bitnet-eval perplexity model.gguf --text c4.jsonl --text wiki.txt --mode blocks
   bitnet-eval perplexity model.gguf --text wiki.test.raw --mode rolling \\
       --documents wikitext --detokenize wikitext
   bitnet-eval perplexity model.gguf --text book.txt --mode sliding --stride 128 --json -
@@ -65,14 +65,14 @@ pub(crate) struct PerplexityArgs {
     /// Packed model; or a Hugging Face, checkpoint or run folder, or a GGUF file of
     /// another tool, which is packed each time it is opened
     model: PathBuf,
-    /// Folders of token shards that bitnet-data wrote
-    #[arg(long, value_name = "DIR", num_args = 1.., required_unless_present = "text")]
+    /// A folder of token shards that bitnet-data wrote; may be given several times
+    #[arg(long, value_name = "DIR", required_unless_present = "text")]
     data: Vec<PathBuf>,
     /// Which split of --data
     #[arg(long, value_enum, default_value_t = SplitArg::Val, requires = "data")]
     split: SplitArg,
-    /// UTF-8 text files, .jsonl (also .gz, .zst) or .parquet
-    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with = "data")]
+    /// A UTF-8 text file, .jsonl (also .gz, .zst) or .parquet; may be given several times
+    #[arg(long, value_name = "FILE", conflicts_with = "data")]
     text: Vec<PathBuf>,
     /// The field or column of .jsonl and .parquet files that holds the text; other modes
     /// than rolling score their documents as one text, an empty line between them
@@ -136,68 +136,6 @@ impl ModeArg {
             Self::Blocks => Mode::Blocks,
             Self::Sliding => Mode::Sliding,
             Self::Rolling => Mode::Rolling,
-        }
-    }
-}
-
-/// What is reported of one source; the keys are stable.
-#[derive(Debug, Serialize)]
-struct SourceReport<'a> {
-    model: &'a Path,
-    source: &'a Path,
-    split: Option<&'static str>,
-    /// The corpus's hash in the shards' manifest, or the text file's sha256.
-    data_hash: String,
-    mode: Mode,
-    context: usize,
-    stride: Option<usize>,
-    kv: &'static str,
-    threads: usize,
-    isa: &'static str,
-    #[serde(flatten)]
-    result: Perplexity,
-}
-
-/// Several sources, each counted alike.
-#[derive(Debug, Serialize)]
-struct Several<'a> {
-    sources: &'a [SourceReport<'a>],
-    mean: Mean,
-}
-
-/// Arithmetic means over the sources; a standard error takes them as independent.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-struct Mean {
-    nats: f64,
-    nats_stderr: Option<f64>,
-    perplexity: f64,
-    perplexity_stderr: Option<f64>,
-    word_perplexity: Option<f64>,
-    word_perplexity_stderr: Option<f64>,
-    bits_per_byte: Option<f64>,
-    bits_per_byte_stderr: Option<f64>,
-}
-
-impl Mean {
-    fn of(results: &[Perplexity]) -> Self {
-        let n = results.len() as f64;
-        let mean = |value: &dyn Fn(&Perplexity) -> Option<f64>| {
-            results.iter().map(value).sum::<Option<f64>>().map(|sum| sum / n)
-        };
-        // Of independent values the variances add.
-        let error = |value: &dyn Fn(&Perplexity) -> Option<f64>| {
-            let squares: Option<f64> = results.iter().map(|p| value(p).map(|e| e * e)).sum();
-            squares.map(|squares| squares.sqrt() / n)
-        };
-        Self {
-            nats: mean(&|p| Some(p.nats)).unwrap_or(f64::NAN),
-            nats_stderr: error(&|p| p.nats_stderr),
-            perplexity: mean(&|p| Some(p.perplexity)).unwrap_or(f64::NAN),
-            perplexity_stderr: error(&|p| p.perplexity_stderr),
-            word_perplexity: mean(&|p| p.word_perplexity),
-            word_perplexity_stderr: error(&|p| p.word_perplexity_stderr),
-            bits_per_byte: mean(&|p| p.bits_per_byte),
-            bits_per_byte_stderr: error(&|p| p.bits_per_byte_stderr),
         }
     }
 }
@@ -412,105 +350,4 @@ fn first_token(mode: Mode, tokenizer: &Tokenizer) -> Result<Option<u32>, EvalErr
         Mode::Rolling => tokenizer.bos_id().or(tokenizer.eos_ids().first().copied()),
         _ => tokenizer.bos_id(),
     })
-}
-
-/// `value ± error`, as far as there are.
-fn with_error(value: Option<f64>, error: Option<f64>) -> String {
-    match (value, error) {
-        (None, _) => "-".to_owned(),
-        (Some(value), None) => format!("{value:.4}"),
-        (Some(value), Some(error)) => format!("{value:.4} ± {error:.4}"),
-    }
-}
-
-impl SourceReport<'_> {
-    fn table(&self) -> String {
-        let r = &self.result;
-        let split = self.split.map_or(String::new(), |s| format!(" ({s})"));
-        let documents = r.documents.map_or(String::new(), |n| format!(" of {n} documents"));
-        let llama_cpp = match (self.mode, r.nats_stderr_tokens) {
-            (Mode::LlamaCpp, Some(error)) => {
-                format!(" (llama.cpp prints ± {:.4})", error * r.perplexity)
-            }
-            _ => String::new(),
-        };
-        let error = r.nats_stderr.map_or(String::new(), |e| format!(" ± {e:.6}"));
-        format!(
-            "model            {}\n\
-             text             {}{split}\n\
-             mode             {}, context {}, kv {}, {} threads, {}\n\
-             scored           {} tokens ({} words, {} bytes) in {} windows{documents}\n\
-             loss             {:.6}{error} nats/token\n\
-             perplexity       {}{llama_cpp}\n\
-             word perplexity  {}\n\
-             bits per byte    {}\n\
-             speed            {:.0} tokens/s ({:.2} s)\n",
-            self.model.display(),
-            self.source.display(),
-            self.mode.name(),
-            self.context,
-            self.kv,
-            self.threads,
-            self.isa,
-            r.tokens,
-            r.words,
-            r.bytes,
-            r.windows,
-            r.nats,
-            with_error(Some(r.perplexity), r.perplexity_stderr),
-            with_error(r.word_perplexity, r.word_perplexity_stderr),
-            with_error(r.bits_per_byte, r.bits_per_byte_stderr),
-            r.tokens_per_second,
-            r.seconds,
-        )
-    }
-}
-
-impl Mean {
-    fn table(&self, sources: usize) -> String {
-        format!(
-            "mean of {sources} sources\n\
-             perplexity       {}\n\
-             word perplexity  {}\n\
-             bits per byte    {}\n",
-            with_error(Some(self.perplexity), self.perplexity_stderr),
-            with_error(self.word_perplexity, self.word_perplexity_stderr),
-            with_error(self.bits_per_byte, self.bits_per_byte_stderr),
-        )
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_mean_is_arithmetic_and_knows_what_is_missing() {
-        let result = |nats: f64, error: Option<f64>, bits: Option<f64>| Perplexity {
-            tokens: 1,
-            windows: 1,
-            documents: None,
-            nats,
-            nats_stderr: error,
-            nats_stderr_tokens: None,
-            perplexity: nats.exp(),
-            perplexity_stderr: error.map(|e| e * nats.exp()),
-            word_perplexity: None,
-            word_perplexity_stderr: None,
-            words: 0,
-            bits_per_byte: bits,
-            bits_per_byte_stderr: None,
-            bytes: 0,
-            tokens_per_second: 1.0,
-            seconds: 1.0,
-        };
-        let two =
-            [result(2f64.ln(), Some(0.3), Some(1.0)), result(8f64.ln(), Some(0.4), Some(2.0))];
-        let mean = Mean::of(&two);
-        assert!((mean.perplexity - 5.0).abs() < 1e-12, "not the geometric mean, 4");
-        assert!((mean.nats_stderr.unwrap() - 0.25).abs() < 1e-12);
-        assert_eq!((mean.bits_per_byte, mean.word_perplexity), (Some(1.5), None));
-        let mean = Mean::of(&[two[0], result(1.0, None, None)]);
-        assert_eq!((mean.nats_stderr, mean.bits_per_byte), (None, None));
-    }
 }
