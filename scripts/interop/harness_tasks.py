@@ -32,24 +32,26 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 LENGTH = {"acc": lambda c: 1, "acc_norm": len, "acc_bytes": lambda c: len(c.encode())}
 
 
-def harness(folder, dtype, items, names, limit):
+def harness(folder, dtype, items, names, limit, shots):
     manager = TaskManager(include_path=str(items / "yaml"), include_defaults=False)
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": folder, "dtype": dtype,
                     "attn_implementation": "eager"},
         tasks=[f"local_{name}" for name in names],
-        task_manager=manager, limit=limit, batch_size=1, bootstrap_iters=0, device="cpu",
+        task_manager=manager, limit=limit, num_fewshot=shots, batch_size=1, bootstrap_iters=0, device="cpu",
     )
     return {name: found["samples"][f"local_{name}"] for name in names}, found
 
 
-def ours(program, model, items, names, limit, folder):
+def ours(program, model, items, names, limit, shots, folder):
     run = [program, "tasks", model, "--output", folder]
     for name in names:
         kind = items / "own.toml" if name == "own" else name
         run += ["--task", f"{kind}={items / name}.jsonl"]
+        run += ["--fewshot", f"{kind}={items / name}.jsonl"] if shots else []
     run += ["--limit", str(limit)] if limit else []
+    run += ["--num-fewshot", str(shots)] if shots else []
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
     read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
     samples = {name: read(Path(folder) / f"samples_{name}.jsonl") for name in names}
@@ -63,13 +65,14 @@ def main():
     parser.add_argument("items", type=Path)
     parser.add_argument("--bitnet-eval", default="bitnet-eval")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--num-fewshot", type=int, default=0, help="the first questions, solved")
     parser.add_argument("--tasks", nargs="+", help="some of the tasks only")
     parser.add_argument("--dtype", default="float32", help="what the harness computes in")
     args = parser.parse_args()
     names = sorted(args.tasks or (path.stem for path in args.items.glob("*.jsonl")))
-    theirs, their_results = harness(args.hf, args.dtype, args.items, names, args.limit)
+    theirs, their_results = harness(args.hf, args.dtype, args.items, names, args.limit, args.num_fewshot)
     with tempfile.TemporaryDirectory() as folder:
-        mine, my_results = ours(args.bitnet_eval, args.model, args.items, names, args.limit, folder)
+        mine, my_results = ours(args.bitnet_eval, args.model, args.items, names, args.limit, args.num_fewshot, folder)
     failed = False
     print(f"lm_eval {lm_eval.__version__ if hasattr(lm_eval, '__version__') else ''}, torch {torch.__version__}")
     print("task | questions | prompts alike | metric | alike | harness | ours | largest |Δ ln p|, median")

@@ -116,6 +116,7 @@ def main():
             "task": f"local_{name}", "tag": None, "dataset_path": "json", "dataset_name": None,
             "dataset_kwargs": {"data_files": {"validation": str(path.resolve())}},
             "training_split": None, "validation_split": "validation", "test_split": None,
+            "fewshot_split": "validation", "fewshot_config": {"sampler": "first_n"},
             "metric_list": metrics[:1] if name == "winogrande" else metrics,
         }
         (args.out / "yaml" / f"{name}.yaml").write_text(yaml.safe_dump(config))

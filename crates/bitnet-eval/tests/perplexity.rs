@@ -269,17 +269,12 @@ fn several_sources_have_an_arithmetic_mean() {
     fs::write(&a, "some text ".repeat(30)).unwrap();
     fs::write(&b, "ÄÖÜ".repeat(40)).unwrap();
     let run = |texts: &[&dyn AsRef<std::ffi::OsStr>]| {
-        let args: [&dyn AsRef<std::ffi::OsStr>; 8] = [
-            &"perplexity",
-            &s.model,
-            &"--mode",
-            &"blocks",
-            &"--context",
-            &"32",
-            &"--json", &"-"];
+        let args: [&dyn AsRef<std::ffi::OsStr>; 8] =
+            [&"perplexity", &s.model, &"--mode", &"blocks", &"--context", &"32", &"--json", &"-"];
         json(&eval(&[&args[..], texts].concat()))
     };
-    let (one, two, both) = (run(&[&"--text", &a]), run(&[&"--text", &b]), run(&[&"--text", &a, &"--text", &b]));
+    let (one, two, both) =
+        (run(&[&"--text", &a]), run(&[&"--text", &b]), run(&[&"--text", &a, &"--text", &b]));
     let ppl = |v: &serde_json::Value| v["perplexity"].as_f64().unwrap();
     assert_eq!(one["tokens"], 300 / 32 * 31);
     assert_eq!(both["sources"][0]["nats"], one["nats"]);
@@ -287,7 +282,8 @@ fn several_sources_have_an_arithmetic_mean() {
     assert!((ppl(&both["mean"]) - (ppl(&one) + ppl(&two)) / 2.0).abs() < 1e-9);
     assert!(one["perplexity_stderr"].as_f64().unwrap() > 0.0);
     // On the terminal each source and the mean.
-    let output = eval(&[&"perplexity", &s.model, &"--text", &a, &"--text", &b, &"--context", &"32"]);
+    let output =
+        eval(&[&"perplexity", &s.model, &"--text", &a, &"--text", &b, &"--context", &"32"]);
     let table = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(table.contains("mean of 2 sources") && table.matches("word perplexity").count() == 3);
 }
