@@ -4,8 +4,8 @@
 //! Prompts, tokens and scores are those of lm-evaluation-harness (the version in
 //! [`FOLLOWS`]), so that numbers compare: a row of a file becomes a [`Question`]
 //! ([`builtin`], [`custom`]), a question becomes pairs of context and continuation,
-//! a pair becomes tokens of which the continuation's are scored ([`scoring`]), and
-//! the results have the harness' keys ([`report`]). What was scored is noted in a
+//! a pair becomes tokens of which the continuation's are scored (`scoring`), and
+//! the results have the harness' keys (`report`). What was scored is noted in a
 //! [`Journal`], so that a run can be gone on with.
 
 pub mod builtin;
