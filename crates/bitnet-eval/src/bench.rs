@@ -12,7 +12,7 @@ mod heads;
 mod limits;
 mod products;
 mod report;
-mod share;
+pub(crate) mod share;
 mod stats;
 
 use std::path::{Path, PathBuf};
@@ -428,7 +428,7 @@ fn batch(
 
 /// How often a measurement that takes `seconds` is repeated within one, so that
 /// it takes at least 30 ms.
-fn rounds(seconds: f64) -> usize {
+pub(crate) fn rounds(seconds: f64) -> usize {
     (0.03 / seconds.max(1e-9)).ceil().clamp(1.0, 1e5) as usize
 }
 

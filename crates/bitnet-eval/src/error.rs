@@ -96,6 +96,20 @@ pub enum EvalError {
         /// What is wrong.
         why: String,
     },
+    /// Nothing has the name that was given.
+    #[error("{name}: no model, no training config, and no name of a file in a folder `configs`")]
+    NoSubject {
+        /// The name.
+        name: String,
+    },
+    /// A training config that cannot be used.
+    #[error("{path}: {what}")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
     /// A picture that could not be drawn.
     #[error("{path}: cannot be drawn: {why}")]
     Plot {
@@ -136,6 +150,8 @@ impl EvalError {
             | Self::Empty { .. }
             | Self::NotText { .. }
             | Self::BenchFile { .. }
+            | Self::NoSubject { .. }
+            | Self::Config { .. }
             | Self::Tokenizer { .. }
             | Self::TooShort { .. }
             | Self::NotFinite { .. } => Exit::BadInput,

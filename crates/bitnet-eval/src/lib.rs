@@ -14,6 +14,7 @@ mod error;
 pub mod growth;
 mod model;
 mod perplexity;
+pub mod plan;
 mod source;
 mod windows;
 

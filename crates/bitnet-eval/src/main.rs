@@ -1,11 +1,13 @@
 //! The `bitnet-eval` command: `perplexity` scores a packed model on token shards
-//! or a text, `bench` measures its speed, `growth` shows benches of many sizes.
+//! or a text, `bench` measures its speed, `growth` shows benches of many sizes, `plan`
+//! predicts what a model needs and how fast it will be.
 //!
 //! Exit codes: 0 done, 1 failed, 2 bad usage, 3 bad input file, 130 interrupted.
 
 #![forbid(unsafe_code)]
 
 mod bench_command;
+mod plan_command;
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -26,6 +28,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use bench_command::BenchArgs;
+use plan_command::PlanArgs;
 
 /// Score and measure packed ternary language models.
 #[derive(Debug, Parser)]
@@ -47,6 +50,7 @@ enum Command {
     Perplexity(PerplexityArgs),
     Bench(BenchArgs),
     Growth(GrowthArgs),
+    Plan(PlanArgs),
 }
 
 /// How speed changes with size: benches of several models as one table and plot
@@ -239,6 +243,7 @@ fn main() -> ExitCode {
         Command::Perplexity(args) => run_perplexity(args),
         Command::Bench(args) => args.run(),
         Command::Growth(args) => run_growth(args),
+        Command::Plan(args) => args.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
