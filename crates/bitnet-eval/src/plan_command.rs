@@ -24,8 +24,7 @@ Examples:
   bitnet-eval plan model.gguf --json -
 
 Predictions add up the operations of a forward pass; experiments/0009-plan compares them
-with measurements. The fastest of some rounds counts, so they are for a machine that does
-nothing else. Training's time is its float operations at --flops, or at the speed of this
+with measurements. Medians of short rounds count: a busy machine is a slow one. Training's time is its float operations at --flops, or at the speed of this
 machine's float products: where a run has begun, its own tokens/s is the truth.
 
 JSON keys: name, parameters, total_parameters, form, files (form, bytes and its parts),

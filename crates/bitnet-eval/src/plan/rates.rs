@@ -15,12 +15,13 @@ use bitnet_kernels::{
 use half::{bf16, f16};
 use serde::Serialize;
 
-use super::Form;
+use super::{Form, available_bytes};
 use crate::bench::share::share_out;
 use crate::bench::{Spread, rounds};
 
-/// Bytes that are read together, for the speed of reading at that size.
-const WORKING_SETS: [usize; 4] = [8 << 20, 32 << 20, 128 << 20, 512 << 20];
+/// Bytes that are read together, for the speed of reading at that size: from what the
+/// caches of a core hold to more than any cache holds.
+const WORKING_SETS: [usize; 6] = [8 << 20, 32 << 20, 64 << 20, 128 << 20, 256 << 20, 1536 << 20];
 
 /// Bytes that a thread reads before it takes the next piece.
 const PIECE: usize = 256 << 10;
@@ -34,8 +35,7 @@ pub(super) const CHUNK: usize = 256;
 /// Positions that the queries of the attention's probe see.
 const POSITIONS: usize = 256;
 
-/// Measured rounds, after one that is not; the fastest counts: what else the machine
-/// does can only slow a round down.
+/// Measured rounds, after one that is not; the median counts, as in a bench.
 const REPEATS: usize = 9;
 
 /// The speed of reading at one size.
@@ -97,22 +97,24 @@ impl Rates {
         let head = Form::of_dtype(config.embedding_dtype);
         let (d, f) = (config.hidden_size, config.intermediate_size);
         let probes = Probes { kernels, threads, config };
-        let buffer = vec![1u8; WORKING_SETS[WORKING_SETS.len() - 1]];
-        let (linear, head) = (Weights::new(linear, d), Weights::new(head, d));
-        let float = Weights::new(Form::Float(Dtype::F32), d);
+        let sets = working_sets(available_bytes());
+        let buffer = vec![1u8; sets.last().copied().unwrap_or(PIECE)];
+        let [linear, head, float] =
+            [linear, head, Form::Float(Dtype::F32)].map(|form| Weights::few(form, d));
+        // A matrix as the products of a prompt meet it: no cache of a core holds it.
+        let [linear_panel, head_panel, float_panel] =
+            [&linear, &head, &float].map(|few| Weights::new(few.form, d, f));
         let rows = Rows::new(CHUNK, d.max(f));
-        type Probe<'p> = Box<dyn Fn(usize) -> f64 + 'p>;
         // Of each: how much it does, and the seconds of so many passes.
-        let mut all: Vec<(f64, Probe<'_>)> = Vec::new();
-        for bytes in WORKING_SETS {
+        let mut all: Vec<Probe<'_>> = Vec::new();
+        for &bytes in &sets {
             let buffer = &buffer[..bytes];
             all.push((bytes as f64, Box::new(move |passes| probes.read(buffer, passes))));
         }
         all.push((probes.int8_operations(), Box::new(|passes| probes.int8(passes))));
-        for weights in [&linear, &head] {
-            all.push((weights.bytes as f64, Box::new(|passes| probes.product(weights, 1, passes))));
-            let macs = (CHUNK * weights.elements) as f64;
-            all.push((macs, Box::new(|passes| probes.product(weights, CHUNK, passes))));
+        for (few, panel) in [(&linear, &linear_panel), (&head, &head_panel)] {
+            all.push((few.bytes as f64, Box::new(|passes| probes.product(few, 1, 1, passes))));
+            all.push(probes.panel(panel));
         }
         let group = config.num_attention_heads / config.num_key_value_heads;
         for queries in [group.min(8), 8] {
@@ -124,8 +126,7 @@ impl Rates {
         let of_chunk = |width: usize| (CHUNK * width) as f64;
         all.push((of_chunk(d), Box::new(|passes| probes.norm(&rows, CHUNK, passes))));
         all.push((of_chunk(f), Box::new(|passes| probes.gate(&rows, CHUNK, passes))));
-        let macs = (CHUNK * float.elements) as f64;
-        all.push((macs, Box::new(|passes| probes.product(&float, CHUNK, passes))));
+        all.push(probes.panel(&float_panel));
 
         let mut passes = vec![1; all.len()];
         let mut found = vec![Vec::new(); all.len()];
@@ -140,11 +141,12 @@ impl Rates {
                 }
             }
         }
-        let mut fastest = found.iter().map(|rates| Spread::of(rates).max);
-        let mut next = || fastest.next().unwrap_or(0.0);
-        let read = WORKING_SETS
-            .map(|bytes| ReadRate { bytes: bytes as u64, gb_per_second: next() })
-            .to_vec();
+        let mut medians = found.iter().map(|rates| Spread::of(rates).median);
+        let mut next = || medians.next().unwrap_or(0.0);
+        let read = sets
+            .iter()
+            .map(|&bytes| ReadRate { bytes: bytes as u64, gb_per_second: next() })
+            .collect();
         let product = |next: &mut dyn FnMut() -> f64| ProductRate {
             cached_gb_per_second: next(),
             panel_gmac_per_second: next(),
@@ -198,6 +200,21 @@ impl Rates {
         self
     }
 
+    /// The share of `bytes` read again and again that comes from memory and not from the
+    /// caches, by how much slower they are read than few bytes are.
+    #[must_use]
+    pub fn memory_share(&self, bytes: f64) -> f64 {
+        let (Some(cache), Some(memory)) = (self.read.first(), self.read.last()) else { return 1.0 };
+        let (cache, memory) = (cache.gb_per_second, memory.gb_per_second);
+        // Of times, not of speeds: a byte from the cache takes 1 / cache.
+        let time = |rate: f64| 1.0 / rate.max(1e-9);
+        let span = time(memory) - time(cache);
+        if span <= 0.0 {
+            return 1.0;
+        }
+        ((time(self.read_at(bytes)) - time(cache)) / span).clamp(0.0, 1.0)
+    }
+
     /// The speed of reading `bytes` again and again, 10^9 bytes a second: between the
     /// sizes measured by the logarithm of the size.
     #[must_use]
@@ -217,6 +234,15 @@ impl Rates {
     }
 }
 
+/// How much one pass does, and the seconds of some passes.
+type Probe<'p> = (f64, Box<dyn Fn(usize) -> f64 + 'p>);
+
+/// The sizes at which reading is measured: at most a quarter of the memory.
+fn working_sets(available: Option<u64>) -> Vec<usize> {
+    let most = available.map_or(usize::MAX, |n| usize::try_from(n / 4).unwrap_or(usize::MAX));
+    WORKING_SETS.into_iter().filter(|&bytes| bytes <= most.max(WORKING_SETS[0])).collect()
+}
+
 /// Some rows of one form.
 struct Weights {
     form: Form,
@@ -229,14 +255,18 @@ struct Weights {
 }
 
 impl Weights {
-    fn new(form: Form, cols: usize) -> Self {
+    /// As many rows as the cache of a core holds.
+    fn few(form: Form, cols: usize) -> Self {
+        Self::new(form, cols, (ROWS / form.row_bytes(cols).max(1)).max(16))
+    }
+
+    fn new(form: Form, cols: usize, rows: usize) -> Self {
         // Blocks of integers need whole ones.
         let cols = match form {
             Form::Rows(_) => cols.next_multiple_of(ROW_BLOCK),
             _ => cols,
         };
         let row = form.row_bytes(cols);
-        let rows = (ROWS / row).max(16);
         let padded = match form {
             Form::Ternary(layout) => layout.padded_cols(cols),
             _ => cols,
@@ -311,11 +341,23 @@ impl Probes<'_> {
         share_out(self.threads, self.threads * passes, || 0, job)
     }
 
-    /// The seconds in which all threads do `passes` products between them.
-    fn product(self, weights: &Weights, tokens: usize, passes: usize) -> f64 {
+    /// A product of a chunk of tokens.
+    fn panel<'p>(self, weights: &'p Weights) -> Probe<'p>
+    where
+        Self: 'p,
+    {
+        let macs = (CHUNK * weights.elements) as f64;
+        // Four parts a thread, as the engine divides it.
+        let parts = 4 * self.threads;
+        (macs, Box::new(move |passes| self.product(weights, CHUNK, parts, passes)))
+    }
+
+    /// The seconds in which all threads together do `passes` products of all rows, each
+    /// in `parts` parts of rows.
+    fn product(self, weights: &Weights, tokens: usize, parts: usize, passes: usize) -> f64 {
         let x = Rows::new(tokens, weights.cols);
         let mut q = QuantizedTokens::default();
-        if weights.dense().is_none() {
+        if matches!(weights.form, Form::Ternary(_)) {
             q.resize(tokens, weights.cols);
             for t in 0..tokens {
                 let stride = q.stride;
@@ -323,20 +365,26 @@ impl Probes<'_> {
                 (q.scales[t], q.sums[t]) = self.kernels.quantize(x.row(t, weights.cols), row);
             }
         }
-        let job = |_: usize, out: &mut Vec<f32>| {
+        let job = |i: usize, out: &mut Vec<f32>| {
             out.resize(tokens * weights.rows, 0.0);
+            let part = i % parts;
+            let [start, end] = [part, part + 1].map(|n| weights.rows * n / parts);
             let out = MatMut::new(&mut out[..], tokens, weights.rows);
+            let out = out.split_cols(start).1.split_cols(end - start).0;
             match (weights.form, weights.dense()) {
                 (Form::Ternary(layout), _) => {
                     let (cols, bytes) = (weights.cols, weights.as_bytes());
                     let w = TernaryRows { layout, cols, weight_scale: 1.0, bytes };
-                    self.kernels.ternary_matmul(w, q.view(), out);
+                    self.kernels.ternary_matmul(w.rows(start, end), q.view(), out);
                 }
-                (_, Some(rows)) => self.kernels.dense_matmul(rows, &x.x, weights.cols, out),
+                (_, Some(rows)) => {
+                    let rows = rows.rows(weights.cols, start, end);
+                    self.kernels.dense_matmul(rows, &x.x, weights.cols, out);
+                }
                 (_, None) => {}
             }
         };
-        share_out(self.threads, passes, Vec::new, job)
+        share_out(self.threads, passes * parts, Vec::new, job)
     }
 
     fn attention(self, queries: usize, passes: usize) -> f64 {
@@ -366,9 +414,9 @@ impl Probes<'_> {
     fn gate(self, rows: &Rows, tokens: usize, passes: usize) -> f64 {
         let f = self.config.intermediate_size;
         self.by_rows(f, tokens, passes, |t, out, q| {
-            let (x, weight) = (rows.row(t, f), &rows.weight[..f]);
-            let act = self.config.hidden_act;
-            black_box(self.kernels.gated_norm_quantize(act, x, x, weight, 1e-5, out, q));
+            let (gate, weight) = (rows.row(t, f), &rows.weight[..f]);
+            let (act, up) = (self.config.hidden_act, rows.row(CHUNK - 1 - t, f));
+            black_box(self.kernels.gated_norm_quantize(act, gate, up, weight, 1e-5, out, q));
         })
     }
 
@@ -440,12 +488,23 @@ mod tests {
     }
 
     #[test]
+    fn no_more_memory_is_read_than_there_is() {
+        assert_eq!(working_sets(None).len(), WORKING_SETS.len());
+        assert_eq!(working_sets(Some(200 << 20)), [8 << 20, 32 << 20]);
+        assert_eq!(working_sets(Some(0)), [8 << 20]);
+    }
+
+    #[test]
     fn reading_is_interpolated_between_sizes() {
         let rates = rates(&[(100, 40.0), (10_000, 20.0)]);
         for (bytes, expected) in [(1.0, 40.0), (100.0, 40.0), (1000.0, 30.0), (1e6, 20.0)] {
             assert!((rates.read_at(bytes) - expected).abs() < 1e-9, "{bytes}");
         }
-        assert_eq!(rates.with_bandwidth(7.0).read_at(1e9), 7.0);
+        // 1/30 lies a third of the way from 1/40 to 1/20.
+        assert!((rates.memory_share(1000.0) - 1.0 / 3.0).abs() < 1e-9);
+        assert_eq!((rates.memory_share(1.0), rates.memory_share(1e9)), (0.0, 1.0));
+        let stated = rates.with_bandwidth(7.0);
+        assert_eq!((stated.read_at(1e9), stated.memory_share(1e9)), (7.0, 1.0));
     }
 
     #[test]
@@ -461,10 +520,10 @@ mod tests {
     fn a_machine_has_all_rates() {
         let config = ModelConfig::tiny();
         for form in Form::ALL {
-            let weights = Weights::new(form, config.hidden_size);
+            let weights = Weights::new(form, config.hidden_size, 40);
             let probes = Probes { kernels: Kernels::detect(), threads: 1, config: &config };
             for tokens in [1, 3] {
-                let seconds = probes.product(&weights, tokens, 1);
+                let seconds = probes.product(&weights, tokens, 3, 1);
                 assert!(seconds > 0.0, "{form:?}");
             }
         }

@@ -1,26 +1,26 @@
 //! How long a token takes: the operations of a forward pass, each at the machine's rate
 //! for it. There is no constant for a size of model in it.
 //!
-//! A product of one token reads its weights and computes with them; most of the
-//! arithmetic hides behind the reading, so that its time is
-//! `bytes / read + EXPOSED · bytes / cached`, where `cached` is the speed of the same
-//! product on rows that lie in the cache. Norms, quantisation and activation of one
-//! token run on one thread while the others wait.
+//! A product of one token reads its weights and computes with them. Behind reading the
+//! caches the arithmetic hides; behind reading memory some of it does not, so that its
+//! time is `bytes / read + EXPOSED · m · bytes / cached`, where m is the share that comes
+//! from memory and `cached` the speed of the same product on rows in the cache. Norms,
+//! quantisation and activation of one token run on one thread while the others wait.
 
 use bitnet_core::ModelConfig;
 use bitnet_core::names::Norm;
 use serde::Serialize;
 
 use super::Form;
-use super::rates::{ProductRate, Rates, block_bytes, block_macs};
+use super::rates::{CHUNK, ProductRate, Rates, block_bytes, block_macs};
 
 /// The share of a product's arithmetic that does not hide behind reading its weights.
 /// `experiments/0009-plan` has the measurements.
-const EXPOSED: f64 = 0.5;
+const EXPOSED: f64 = 0.6;
 
-/// Seconds to divide an operation between threads and to wait for the last of them, from
-/// the engine's own measurement of its regions.
-const REGION: f64 = 1.2e-6;
+/// Seconds to divide an operation between threads and to wait for the last of them: the
+/// 0.6 to 1.8 µs that the engine's regions cost, and the start of reading in each.
+const REGION: f64 = 3e-6;
 
 /// Operations of a block that are divided between threads while one token is decoded:
 /// q, k and v; attention; o; gate and up; down.
@@ -109,13 +109,23 @@ impl Shape<'_> {
         (self.layers() * (norms + moved / 2.0), self.layers() * config.intermediate_size as f64)
     }
 
+    /// Bytes of activations that a token of a chunk writes and reads again, because the
+    /// caches of a core do not hold a chunk's: inputs and outputs of the products.
+    fn activations(&self) -> f64 {
+        let config = self.config;
+        let (d, f) = (config.hidden_size as f64, config.intermediate_size as f64);
+        let (q, kv) = (config.query_size() as f64, config.key_value_size() as f64);
+        self.layers() * 2.0 * 4.0 * (4.0 * d + 3.0 * q + 2.0 * kv + 3.0 * f)
+    }
+
     /// The time of one decoded token behind `context` others.
     #[must_use]
     pub fn decode(&self, rates: &Rates, context: f64) -> TokenTime {
         let (linear, head, kv) = (self.linear_bytes(), self.head_bytes(), self.kv(context));
-        let read = rates.read_at(linear + head + kv) * 1e9;
+        let all = linear + head + kv;
+        let (read, memory) = (rates.read_at(all) * 1e9, rates.memory_share(all));
         let product = |bytes: f64, rate: &ProductRate| {
-            bytes / read + EXPOSED * bytes / (rate.cached_gb_per_second * 1e9)
+            bytes / read + EXPOSED * memory * bytes / (rate.cached_gb_per_second * 1e9)
         };
         let macs = 2.0 * self.layers() * self.config.query_size() as f64 * context;
         let (norms, gates) = self.elements();
@@ -138,11 +148,14 @@ impl Shape<'_> {
         let attention = 2.0 * self.layers() * self.config.query_size() as f64 * (n + 1.0) / 2.0;
         let (norms, gates) = self.elements();
         let last = self.decode(rates, 0.0);
+        let moved = self.activations();
+        let chunk = moved / self.layers() * tokens.min(CHUNK) as f64;
         TokenTime {
             linear: macs / (rates.linear.panel_gmac_per_second * 1e9),
             head: last.head / n,
             attention: attention / (rates.attention_panel_gmac_per_second * 1e9),
-            elementwise: (norms * rates.norm_panel_ns + gates * rates.gate_panel_ns) * 1e-9,
+            elementwise: (norms * rates.norm_panel_ns + gates * rates.gate_panel_ns) * 1e-9
+                + moved / (rates.read_at(chunk) * 1e9),
             threads: last.threads / n,
         }
     }

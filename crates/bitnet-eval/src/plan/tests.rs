@@ -74,16 +74,16 @@ fn a_file_has_the_bytes_of_its_parts() {
 }
 
 #[test]
-fn a_token_reads_its_weights_and_computes_with_half_of_the_arithmetic_hidden() {
+fn a_token_reads_its_weights_and_computes_with_some_arithmetic_hidden() {
     let config = two_b();
     let linear = Form::Ternary(Layout::P2);
     let shape = Shape { config: &config, linear, kv_bytes: 4.0 };
     let time = shape.decode(&machine(1), 0.0);
     let block = 2560 * 640 * 2 + 640 * 640 * 2 + 6912 * 640 * 2 + 2560 * 1728;
     let bytes = f64::from(30 * block);
-    let expected = bytes / 20e9 + 0.5 * bytes / 100e9;
+    let expected = bytes / 20e9 + 0.6 * bytes / 100e9;
     assert!((time.linear / expected - 1.0).abs() < 1e-12, "{time:?}");
-    assert!((time.head / (656_670_720.0 * (1.0 / 20e9 + 0.5 / 100e9)) - 1.0).abs() < 1e-12);
+    assert!((time.head / (656_670_720.0 * (1.0 / 20e9 + 0.6 / 100e9)) - 1.0).abs() < 1e-12);
     assert_eq!((time.attention, time.threads), (0.0, 0.0));
     // 4096 positions of 2 · 30 · 640 f32 are read, 2 · 30 · 2560 products each made.
     let full = shape.decode(&machine(1), 4096.0);
@@ -103,7 +103,7 @@ fn slower_memory_and_slower_arithmetic_make_slower_tokens() {
     let (base, slow) = (machine(2), machine(2).with_bandwidth(10.0));
     assert!(decode(&slow) < 0.65 * decode(&base));
     let weak = machine(2).with_int8_peak(800.0);
-    assert!((prefill(&weak) / prefill(&base) - 0.5).abs() < 0.05);
+    assert!((prefill(&weak) / prefill(&base) - 0.5).abs() < 0.1);
 }
 
 #[test]
