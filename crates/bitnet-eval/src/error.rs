@@ -96,6 +96,17 @@ pub enum EvalError {
         /// What is wrong.
         why: String,
     },
+    /// A results file without scores of tasks.
+    #[error("{path}: no results of tasks: {why}")]
+    ResultsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A page that could not be made.
+    #[error("the page could not be made: {0}")]
+    Page(String),
     /// Nothing has the name that was given.
     #[error("{name}: no model, no training config, and no name of a file in a folder `configs`")]
     NoSubject {
@@ -150,12 +161,13 @@ impl EvalError {
             | Self::Empty { .. }
             | Self::NotText { .. }
             | Self::BenchFile { .. }
+            | Self::ResultsFile { .. }
             | Self::NoSubject { .. }
             | Self::Config { .. }
             | Self::Tokenizer { .. }
             | Self::TooShort { .. }
             | Self::NotFinite { .. } => Exit::BadInput,
-            Self::Plot { .. } | Self::Write { .. } => Exit::Failed,
+            Self::Plot { .. } | Self::Write { .. } | Self::Page(_) => Exit::Failed,
             Self::LongContext { .. }
             | Self::Context { .. }
             | Self::Stride { .. }

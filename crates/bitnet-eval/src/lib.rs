@@ -9,6 +9,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod bench;
+pub mod compare;
 pub mod energy;
 mod error;
 pub mod growth;

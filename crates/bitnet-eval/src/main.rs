@@ -1,12 +1,14 @@
 //! The `bitnet-eval` command: `perplexity` scores a packed model on token shards
 //! or a text, `bench` measures its speed, `growth` shows benches of many sizes, `plan`
-//! predicts what a model needs and how fast it will be.
+//! predicts what a model needs and how fast it will be, `compare` shows several models
+//! side by side.
 //!
 //! Exit codes: 0 done, 1 failed, 2 bad usage, 3 bad input file, 130 interrupted.
 
 #![forbid(unsafe_code)]
 
 mod bench_command;
+mod compare_command;
 mod plan_command;
 
 use std::io::{IsTerminal, Write};
@@ -28,6 +30,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use bench_command::BenchArgs;
+use compare_command::CompareArgs;
 use plan_command::PlanArgs;
 
 /// Score and measure packed ternary language models.
@@ -51,6 +54,7 @@ enum Command {
     Bench(BenchArgs),
     Growth(GrowthArgs),
     Plan(PlanArgs),
+    Compare(CompareArgs),
 }
 
 /// How speed changes with size: benches of several models as one table and plot
@@ -244,6 +248,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => args.run(),
         Command::Growth(args) => run_growth(args),
         Command::Plan(args) => args.run(),
+        Command::Compare(args) => args.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

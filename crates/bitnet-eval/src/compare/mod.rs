@@ -151,7 +151,9 @@ impl Comparison {
         let nats = self.conditions.one_tokenizer;
         let mut all = vec![
             metric("file", Some(true), bytes, true, &|m| Some(m.file_bytes as f64)),
-            metric("bits per linear weight", Some(true), short, false, &|m| Some(m.bits_per_weight)),
+            metric("bits per linear weight", Some(true), short, false, &|m| {
+                Some(m.bits_per_weight)
+            }),
             metric("read per token", Some(true), bytes, false, &|m| Some(m.bytes_per_token as f64)),
             metric("memory", Some(true), bytes, true, &|m| m.memory_bytes.map(|b| b as f64)),
             metric("load", Some(true), seconds, false, &|m| Some(m.load_seconds)),
@@ -176,7 +178,8 @@ impl Comparison {
         }
         for (task, name) in names {
             let of = |m: &Figures| {
-                let found = m.tasks.iter().find(|t| (t.task.as_str(), t.metric.as_str()) == (task, name));
+                let found =
+                    m.tasks.iter().find(|t| (t.task.as_str(), t.metric.as_str()) == (task, name));
                 found.map(|t| t.value)
             };
             all.push(metric(&format!("{task}, {name}"), Some(false), percent, true, &of));
@@ -197,9 +200,18 @@ impl Comparison {
             }
         };
         let mut parts = vec![
-            format!("file {}", against(m.file_bytes as f64, first.file_bytes as f64, "smaller", "larger")),
-            format!("decodes {}", against(m.decode.median, first.decode.median, "slower", "faster")),
-            format!("prefills {}", against(m.prefill.median, first.prefill.median, "slower", "faster")),
+            format!(
+                "file {}",
+                against(m.file_bytes as f64, first.file_bytes as f64, "smaller", "larger")
+            ),
+            format!(
+                "decodes {}",
+                against(m.decode.median, first.decode.median, "slower", "faster")
+            ),
+            format!(
+                "prefills {}",
+                against(m.prefill.median, first.prefill.median, "slower", "faster")
+            ),
         ];
         if let (Some(a), Some(b)) = (first.joules_per_decode_token, m.joules_per_decode_token)
             && a > 0.0

@@ -146,7 +146,10 @@ mod tests {
     #[test]
     fn a_variant_stands_behind_the_last_at() {
         let spec = Spec::parse("a@b/twin.gguf@int8").unwrap();
-        assert_eq!((spec.path.to_str(), spec.variant), (Some("a@b/twin.gguf"), Some(Variant::Int8)));
+        assert_eq!(
+            (spec.path.to_str(), spec.variant),
+            (Some("a@b/twin.gguf"), Some(Variant::Int8))
+        );
         assert_eq!(spec.label(), "twin@int8");
         assert_eq!(Spec::parse("dir/model.gguf").unwrap().label(), "model");
         assert_eq!(Spec::parse("runs/tiny.v2").unwrap().label(), "tiny.v2");
