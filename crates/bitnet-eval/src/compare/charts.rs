@@ -16,7 +16,7 @@ pub(super) fn color(model: usize) -> &'static str {
     COLORS[model % COLORS.len()]
 }
 
-const WIDTH: f64 = 420.0;
+const WIDTH: f64 = 440.0;
 const ROW: f64 = 30.0;
 
 /// Text that may stand in SVG.
@@ -34,7 +34,7 @@ fn cut(text: &str, most: usize) -> String {
 
 /// A bar for each model that has the figure, with its value and its ratio to the first's.
 pub(super) fn bars(comparison: &Comparison, metric: &Metric) -> String {
-    const LEFT: f64 = 120.0;
+    const LEFT: f64 = 150.0;
     const RIGHT: f64 = 128.0;
     let most = metric.values.iter().flatten().copied().fold(0.0, f64::max).max(1e-30);
     let height = ROW * metric.values.len() as f64 + 4.0;
@@ -46,7 +46,7 @@ pub(super) fn bars(comparison: &Comparison, metric: &Metric) -> String {
             "<text x=\"{:.0}\" y=\"{:.0}\" text-anchor=\"end\" font-size=\"13\">{}</text>",
             LEFT - 8.0,
             y + 20.0,
-            escaped(&cut(&model.label, 17))
+            escaped(&cut(&model.label, 19))
         );
         let Some(value) = value else {
             let _ = write!(
@@ -122,14 +122,17 @@ pub(super) fn trade(comparison: &Comparison) -> Option<String> {
             at_y(y) + 4.0,
             short(y)
         );
-        let x = x_most * f64::from(i) / 4.0;
+    }
+    let step = round_step(x_most / 5.0);
+    for i in 0..=(x_most / step) as usize {
+        let x = step * i as f64;
+        let label = if i == 0 { "0".to_owned() } else { short(x) };
         let _ = write!(
             svg,
             "<text x=\"{:.1}\" y=\"{:.0}\" text-anchor=\"middle\" font-size=\"12\" \
-             class=\"soft\">{}</text>",
+             class=\"soft\">{label}</text>",
             at_x(x),
             HEIGHT - bottom + 20.0,
-            short(x)
         );
     }
     let _ = write!(
@@ -139,30 +142,132 @@ pub(super) fn trade(comparison: &Comparison) -> Option<String> {
         left + (WIDE - left - right) / 2.0,
         HEIGHT - 6.0
     );
-    // Labels of neighbours move down rather than lie on each other.
-    let mut taken: Vec<(f64, f64)> = Vec::new();
-    for (i, x, y, file) in points {
-        let (x, y) = (at_x(x), at_y(y));
-        let radius = 5.0 + 19.0 * (file / largest).sqrt();
-        let mut at = y + 4.0;
-        while taken.iter().any(|t| (t.0 - x).abs() < 130.0 && (t.1 - at).abs() < 15.0) {
-            at += 15.0;
-        }
-        taken.push((x, at));
+    let circles: Vec<Circle> = points
+        .iter()
+        .map(|&(_, x, y, file)| Circle {
+            x: at_x(x),
+            y: at_y(y),
+            r: 5.0 + 19.0 * (file / largest).sqrt(),
+        })
+        .collect();
+    for (point, circle) in points.iter().zip(&circles) {
+        let Circle { x, y, r } = circle;
         let _ = write!(
             svg,
-            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{radius:.1}\" fill=\"{0}\" fill-opacity=\"0.55\" \
-             stroke=\"{0}\" stroke-width=\"2\"/><text x=\"{1:.1}\" y=\"{at:.1}\" font-size=\"13\" \
-             font-weight=\"600\">{2}</text>",
-            color(i),
-            x + radius + 6.0,
-            escaped(&cut(&comparison.models[i].label, 22))
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{r:.1}\" fill=\"{0}\" \
+             fill-opacity=\"0.55\" stroke=\"{0}\" stroke-width=\"2\"/>",
+            color(point.0),
         );
     }
+    let mut labels: Vec<Label> = Vec::new();
+    for (point, circle) in points.iter().zip(&circles) {
+        let text = cut(&comparison.models[point.0].label, 22);
+        let label = circle.label(&text, (WIDE, HEIGHT), &circles, &labels);
+        let _ = write!(
+            svg,
+            "<text x=\"{:.1}\" y=\"{:.1}\" font-size=\"13\" font-weight=\"600\">{}</text>",
+            label.x,
+            label.y,
+            escaped(&text)
+        );
+        labels.push(label);
+    }
     Some(svg + "</svg>")
+}
+
+/// A model in the chart of quality against speed.
+struct Circle {
+    x: f64,
+    y: f64,
+    r: f64,
+}
+
+/// A name in it: where its line begins, and how long that is.
+struct Label {
+    x: f64,
+    y: f64,
+    width: f64,
+}
+
+/// Above and below its line, a name takes so much.
+const ASCENT: f64 = 12.0;
+const DESCENT: f64 = 4.0;
+
+impl Circle {
+    /// The name beside the circle, above or below it: where it lies on least.
+    fn label(&self, text: &str, room: (f64, f64), circles: &[Self], labels: &[Label]) -> Label {
+        let width = 7.6 * text.chars().count() as f64;
+        let Self { x, y, r } = *self;
+        let middle = x - width / 2.0;
+        let places = [
+            (x + r + 6.0, y + 4.0),
+            (middle, y - r - 6.0),
+            (middle, y + r + 15.0),
+            (x - r - 6.0 - width, y + 4.0),
+            (middle, y - r - 22.0),
+            (middle, y + r + 31.0),
+        ];
+        let labelled = places.map(|(x, y)| Label { x, y, width });
+        let outside = |l: &Label| {
+            l.x < 0.0 || l.x + l.width > room.0 || l.y < ASCENT || l.y + DESCENT > room.1 - 40.0
+        };
+        let crowd = |l: &Label| {
+            circles.iter().filter(|c| c.touches(l)).count()
+                + labels.iter().filter(|other| other.touches(l)).count()
+                + if outside(l) { 100 } else { 0 }
+        };
+        // Of equals the first.
+        let best = labelled.into_iter().min_by_key(crowd);
+        best.unwrap_or(Label { x, y, width })
+    }
+
+    fn touches(&self, label: &Label) -> bool {
+        let x = self.x.clamp(label.x, label.x + label.width);
+        let y = self.y.clamp(label.y - ASCENT, label.y + DESCENT);
+        (x - self.x).hypot(y - self.y) < self.r
+    }
+}
+
+impl Label {
+    fn touches(&self, other: &Self) -> bool {
+        let apart = self.x > other.x + other.width || other.x > self.x + self.width;
+        !apart && (self.y - other.y).abs() < ASCENT + DESCENT
+    }
+}
+
+/// 1, 2 or 5 times a power of ten, at least `x`.
+fn round_step(x: f64) -> f64 {
+    let power = 10f64.powf(x.max(1e-12).log10().floor());
+    [1.0, 2.0, 5.0, 10.0].map(|n| n * power).into_iter().find(|s| *s >= x * 0.999).unwrap_or(x)
 }
 
 fn open(height: f64, name: &str) -> String {
     let name = escaped(name);
     format!("<svg viewBox=\"0 0 {WIDTH} {height}\" role=\"img\" aria-label=\"{name}\">")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_round() {
+        for (x, step) in [(939.0, 1000.0), (0.11, 0.2), (3.0, 5.0), (1.0, 1.0), (51.0, 100.0)] {
+            assert!((round_step(x) / step - 1.0).abs() < 1e-9, "{x}");
+        }
+    }
+
+    #[test]
+    fn names_keep_clear_of_circles_and_names() {
+        let circles =
+            [(100.0, 100.0), (130.0, 100.0), (400.0, 100.0)].map(|(x, y)| Circle { x, y, r: 20.0 });
+        let mut labels = Vec::new();
+        for circle in &circles {
+            let label = circle.label("a model's name", (860.0, 330.0), &circles, &labels);
+            assert!(circles.iter().all(|c| !c.touches(&label)));
+            assert!(labels.iter().all(|l: &Label| !l.touches(&label)));
+            labels.push(label);
+        }
+        assert!(labels[2].x > 420.0, "beside it where there is room");
+    }
 }

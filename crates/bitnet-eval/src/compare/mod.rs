@@ -225,6 +225,7 @@ impl Comparison {
         };
         if let (Some((name, b)), Some((_, a))) = (quality(m.quality), quality(first.quality)) {
             parts.push(match b / a - 1.0 {
+                change if change.abs() < 5e-4 => format!("{name} the same"),
                 change if change < 9.995 => format!("{name} {:+.1} %", 100.0 * change),
                 change => format!("{name} {}× as high", short(change + 1.0)),
             });

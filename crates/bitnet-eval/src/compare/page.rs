@@ -4,6 +4,7 @@
 use minijinja::{Environment, Value, context};
 
 use super::charts::{bars, color, trade};
+use super::table::capitalised;
 use super::{Comparison, short};
 use crate::EvalError;
 
@@ -65,7 +66,7 @@ pub fn page(comparison: &Comparison) -> Result<String, EvalError> {
                 rows,
                 trade => trade(comparison).map(Value::from_safe_string),
                 conditions => comparison.conditions_text(),
-                energy => comparison.energy.as_ref().map(ToString::to_string),
+                energy => comparison.energy.as_ref().map(|e| capitalised(&e.to_string())),
                 text_hash => comparison.conditions.text_hash.clone(),
                 version => env!("CARGO_PKG_VERSION"),
             })

@@ -63,7 +63,8 @@ impl Comparison {
     }
 }
 
-fn capitalised(text: &str) -> String {
+/// With a capital letter in front.
+pub(super) fn capitalised(text: &str) -> String {
     let mut chars = text.chars();
     chars.next().map_or(String::new(), |c| c.to_uppercase().collect::<String>() + chars.as_str())
 }

@@ -107,7 +107,7 @@ fn the_page_is_whole_and_loads_nothing() {
         "aria-label=\"decode, tokens/s\"",
         "a|&lt;b&gt;",
         "perplexity +300.0 %",
-        "energy unavailable: none",
+        "Energy unavailable: none",
         "0123456789abcdef…",
         "<td class=\"best\">2.00 MB",
     ] {
