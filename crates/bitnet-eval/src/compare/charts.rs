@@ -57,7 +57,7 @@ pub(super) fn bars(comparison: &Comparison, metric: &Metric) -> String {
             continue;
         };
         let width = ((WIDTH - LEFT - RIGHT) * value / most).max(1.5);
-        let best = Some(*value) == metric.best();
+        let best = metric.is_best(*value);
         let ratio = metric.ratio(i).map_or(String::new(), |r| {
             format!("<tspan class=\"soft\" font-weight=\"400\">  {}×</tspan>", short(r))
         });

@@ -131,12 +131,13 @@ impl Metric {
         (model > 0 && first > 0.0).then(|| value / first)
     }
 
-    /// The best of at least two different values.
-    fn best(&self) -> Option<f64> {
+    /// Whether a value reads as the best does, of at least two that read differently.
+    fn is_best(&self, value: f64) -> bool {
         let known = || self.values.iter().flatten().copied();
-        let (low, high) = (known().reduce(f64::min)?, known().reduce(f64::max)?);
-        let best = if self.less? { low } else { high };
-        (low < high).then_some(best)
+        let ends = known().reduce(f64::min).zip(known().reduce(f64::max));
+        let (Some((low, high)), Some(less)) = (ends, self.less) else { return false };
+        let [low, high, value] = [low, high, value].map(self.text);
+        low != high && value == if less { low } else { high }
     }
 }
 

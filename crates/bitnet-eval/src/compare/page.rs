@@ -30,11 +30,10 @@ pub fn page(comparison: &Comparison) -> Result<String, EvalError> {
     let rows: Vec<Value> = metrics
         .iter()
         .map(|metric| {
-            let best = metric.best();
             let cells = metric.values.iter().enumerate().map(|(i, value)| {
                 let text = value.map_or("–".to_owned(), metric.text);
                 let ratio = metric.ratio(i).map(|r| format!("{}×", short(r)));
-                context! { text, ratio, best => value.is_some() && *value == best }
+                context! { text, ratio, best => value.is_some_and(|v| metric.is_best(v)) }
             });
             let cells: Vec<Value> = cells.collect();
             context! { name => metric.name.clone(), cells }

@@ -14,7 +14,6 @@ impl Comparison {
         let forms: Vec<&str> = self.models.iter().map(|m| m.form.as_str()).collect();
         out += &format!("| linear weights | {} |\n", forms.join(" | "));
         for metric in self.metrics() {
-            let best = metric.best();
             out += &format!("| {} |", cell(&metric.name));
             for (i, value) in metric.values.iter().enumerate() {
                 let Some(value) = value else {
@@ -22,7 +21,7 @@ impl Comparison {
                     continue;
                 };
                 let mut text = (metric.text)(*value);
-                if Some(*value) == best {
+                if metric.is_best(*value) {
                     text = format!("**{text}**");
                 }
                 if let Some(ratio) = metric.ratio(i) {

@@ -130,7 +130,7 @@ fn a_counter_that_may_not_be_read_is_denied() {
     let tree = Tree::new();
     tree.zone("intel-rapl:0", "package-0", 1);
     let counter = tree.root().join("intel-rapl:0/energy_uj");
-    fs::set_permissions(&counter, fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(&counter, fs::Permissions::from_mode(0o000)).unwrap();
     match (fs::read(&counter), Meter::open(tree.root())) {
         // Root reads everything.
         (Ok(_), opened) => assert!(opened.is_ok()),
