@@ -87,7 +87,7 @@ fn tokens(text: &str) -> Result<u64, String> {
         return if n > 0 { Ok(n) } else { Err("at least 1".to_owned()) };
     }
     match text.parse::<f64>() {
-        Ok(x) if x >= 1.0 && x < 1e18 && x.fract() == 0.0 => Ok(x as u64),
+        Ok(x) if (1.0..1e18).contains(&x) && x.fract() == 0.0 => Ok(x as u64),
         _ => Err("a whole number, at least 1".to_owned()),
     }
 }

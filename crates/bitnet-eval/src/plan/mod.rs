@@ -4,6 +4,7 @@
 mod config;
 mod form;
 mod memory;
+mod probes;
 mod rates;
 mod report;
 mod search;

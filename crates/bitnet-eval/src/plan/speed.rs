@@ -1,11 +1,11 @@
 //! How long a token takes: the operations of a forward pass, each at the machine's rate
 //! for it. There is no constant for a size of model in it.
 //!
-//! A product of one token reads its weights and computes with them. Behind reading the
-//! caches the arithmetic hides; behind reading memory some of it does not, so that its
-//! time is `bytes / read + EXPOSED · m · bytes / cached`, where m is the share that comes
-//! from memory and `cached` the speed of the same product on rows in the cache. Norms,
-//! quantisation and activation of one token run on one thread while the others wait.
+//! A product of one token reads its weights and computes with them; part of the
+//! arithmetic hides behind the reading, so that its time is
+//! `bytes / read + EXPOSED · bytes / cached`, where `cached` is the speed of the same
+//! product on rows that lie in the cache. Norms, quantisation and activation of one
+//! token run on one thread while the others wait.
 
 use bitnet_core::ModelConfig;
 use bitnet_core::names::Norm;
@@ -16,11 +16,15 @@ use super::rates::{CHUNK, ProductRate, Rates, block_bytes, block_macs};
 
 /// The share of a product's arithmetic that does not hide behind reading its weights.
 /// `experiments/0009-plan` has the measurements.
-const EXPOSED: f64 = 0.6;
+const EXPOSED: f64 = 0.5;
 
 /// Seconds to divide an operation between threads and to wait for the last of them: the
-/// 0.6 to 1.8 µs that the engine's regions cost, and the start of reading in each.
-const REGION: f64 = 3e-6;
+/// engine's regions cost 0.6 to 1.8 µs.
+const REGION: f64 = 1.5e-6;
+
+/// Seconds until the keys, or the values, of one head are being read: they lie apart, on
+/// pages of their own, and nothing asked for them ahead.
+const HEAD_START: f64 = 1e-6;
 
 /// Operations of a block that are divided between threads while one token is decoded:
 /// q, k and v; attention; o; gate and up; down.
@@ -123,17 +127,19 @@ impl Shape<'_> {
     pub fn decode(&self, rates: &Rates, context: f64) -> TokenTime {
         let (linear, head, kv) = (self.linear_bytes(), self.head_bytes(), self.kv(context));
         let all = linear + head + kv;
-        let (read, memory) = (rates.read_at(all) * 1e9, rates.memory_share(all));
+        let read = rates.read_at(all) * 1e9;
         let product = |bytes: f64, rate: &ProductRate| {
-            bytes / read + EXPOSED * memory * bytes / (rate.cached_gb_per_second * 1e9)
+            bytes / read + EXPOSED * bytes / (rate.cached_gb_per_second * 1e9)
         };
         let macs = 2.0 * self.layers() * self.config.query_size() as f64 * context;
         let (norms, gates) = self.elements();
         let shared = rates.threads > 1;
+        let heads = 2.0 * self.layers() * self.config.num_key_value_heads as f64;
+        let starts = HEAD_START * heads / rates.threads as f64;
         TokenTime {
             linear: product(linear, &rates.linear),
             head: product(head, &rates.head),
-            attention: kv / read + macs / (rates.attention_gmac_per_second * 1e9),
+            attention: starts + kv / read + macs / (rates.attention_gmac_per_second * 1e9),
             elementwise: (norms * rates.norm_ns + gates * rates.gate_ns) * 1e-9,
             threads: if shared { REGION * (REGIONS * self.layers() + 1.0) } else { 0.0 },
         }
