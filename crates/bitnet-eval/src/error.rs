@@ -133,6 +133,31 @@ pub enum EvalError {
         /// What is wrong.
         why: String,
     },
+    /// A results file without scores of tasks.
+    #[error("{path}: no results of tasks: {why}")]
+    ResultsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A page that could not be made.
+    #[error("the page could not be made: {0}")]
+    Page(String),
+    /// Nothing has the name that was given.
+    #[error("{name}: no model, no training config, and no name of a file in a folder `configs`")]
+    NoSubject {
+        /// The name.
+        name: String,
+    },
+    /// A training config that cannot be used.
+    #[error("{path}: {what}")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
     /// A picture that could not be drawn.
     #[error("{path}: cannot be drawn: {why}")]
     Plot {
@@ -173,13 +198,16 @@ impl EvalError {
             | Self::Empty { .. }
             | Self::NotText { .. }
             | Self::BenchFile { .. }
+            | Self::ResultsFile { .. }
+            | Self::NoSubject { .. }
+            | Self::Config { .. }
             | Self::Tokenizer { .. }
             | Self::TooShort { .. }
             | Self::NothingScored { .. }
             | Self::Row { .. }
             | Self::TaskFile { .. }
             | Self::NotFinite { .. } => Exit::BadInput,
-            Self::Plot { .. } | Self::Write { .. } => Exit::Failed,
+            Self::Plot { .. } | Self::Write { .. } | Self::Page(_) => Exit::Failed,
             Self::LongContext { .. }
             | Self::Context { .. }
             | Self::Stride { .. }

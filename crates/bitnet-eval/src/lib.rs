@@ -9,10 +9,13 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod bench;
+pub mod compare;
+pub mod energy;
 mod error;
 pub mod growth;
 mod model;
 mod perplexity;
+pub mod plan;
 mod ratio;
 mod source;
 pub mod tasks;

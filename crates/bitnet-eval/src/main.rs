@@ -1,13 +1,17 @@
 //! The `bitnet-eval` command: `perplexity` scores a packed model on token shards
-//! or texts, `tasks` on questions with several answers, `bench` measures its speed, `growth` shows benches of many sizes.
+//! or texts, `tasks` on questions with several answers, `bench` measures its speed,
+//! `growth` shows benches of many sizes, `plan` predicts what a model needs and how
+//! fast it will be, `compare` shows several models side by side.
 //!
 //! Exit codes: 0 done, 1 failed, 2 bad usage, 3 bad input file, 130 interrupted.
 
 #![forbid(unsafe_code)]
 
 mod bench_command;
+mod compare_command;
 mod perplexity_command;
 mod perplexity_report;
+mod plan_command;
 mod progress;
 mod tasks_command;
 
@@ -25,7 +29,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use bench_command::BenchArgs;
+use compare_command::CompareArgs;
 use perplexity_command::PerplexityArgs;
+use plan_command::PlanArgs;
 use tasks_command::TasksArgs;
 
 /// Score and measure packed ternary language models.
@@ -49,6 +55,8 @@ enum Command {
     Tasks(TasksArgs),
     Bench(BenchArgs),
     Growth(GrowthArgs),
+    Plan(PlanArgs),
+    Compare(CompareArgs),
 }
 
 /// How speed changes with size: benches of several models as one table and plot
@@ -179,6 +187,8 @@ fn main() -> ExitCode {
         Command::Tasks(args) => args.run(),
         Command::Bench(args) => args.run(),
         Command::Growth(args) => run_growth(args),
+        Command::Plan(args) => args.run(),
+        Command::Compare(args) => args.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
