@@ -60,7 +60,7 @@ pub use mixture::{MixtureSource, MixtureState, MixtureStream};
 pub use part::Part;
 pub use prepare::{PrepareOptions, Prepared, Progress, prepare};
 pub use shard::{ShardReader, ShardWriter};
-pub use source::{Document, FileOptions, Source, TextSplit};
+pub use source::{Document, FileOptions, Row, Source, TextSplit, read_rows};
 pub use stream::{BatchState, BatchStream, Windows};
 pub use token_stream::{StreamState, TokenStream};
 pub use tokenizer::Tokenizer;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bitnet_core::Layout;
 use bitnet_format::map::{Mmap, map, map_file};
 use bitnet_format::model::{self, ModelError, OpenOptions};
-use bitnet_format::pack::{LayoutChoice, PackError, Temporary, pack_temporary};
+use bitnet_format::pack::{DenseType, LayoutChoice, PackError, Temporary, pack_temporary};
 use bitnet_kernels::Kernels;
 
 use crate::error::EngineError;
@@ -70,7 +70,7 @@ fn pack(
     let start = Instant::now();
     let source = model::open(path, options).map_err(PackError::from)?;
     let mut last = start;
-    let packed = pack_temporary(&*source, layout(), &mut |done, total| {
+    let packed = pack_temporary(&*source, layout(), DenseType::Auto, &mut |done, total| {
         if last.elapsed() >= LINES_EVERY {
             last = Instant::now();
             let percent = 100.0 * done as f64 / total.max(1) as f64;

@@ -12,10 +12,10 @@ mod heads;
 mod limits;
 mod products;
 mod report;
-mod share;
+pub(crate) mod share;
 mod stats;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bitnet_engine::{
@@ -30,6 +30,7 @@ pub use report::{Limit, Limits, ModelInfo, Report, Row};
 pub use stats::Spread;
 
 use crate::EvalError;
+use crate::energy::{EnergyReport, IDLE, Recorder};
 use heads::Heads;
 use products::Products;
 
@@ -48,6 +49,9 @@ pub struct BenchOptions {
     pub session: SessionOptions,
     /// Heads that are measured alone, beside the stored one.
     pub heads: Vec<HeadMode>,
+    /// Where the counters of energy are ([`crate::energy::POWERCAP`]); none: energy
+    /// is not measured.
+    pub energy: Option<PathBuf>,
 }
 
 /// A test.
@@ -146,12 +150,19 @@ pub fn bench(
     progress: &mut dyn FnMut(usize, usize, &str),
 ) -> Result<Report, EvalError> {
     let tests = tests(models, options)?;
+    // The idle machine is measured before anything else runs.
+    let recorder = options.energy.as_deref().map(|root| Recorder::new(root, IDLE));
+    let energy = recorder.as_ref().map(|recorder| match recorder {
+        Ok(recorder) => recorder.report(),
+        Err(why) => EnergyReport::unavailable(why),
+    });
+    let recorder = recorder.and_then(Result::ok);
     let mut infos = Vec::new();
     let mut runs = Vec::new();
     for loaded in models {
         let first = runs.len();
         for &setting in settings {
-            runs.push(Run::new(loaded, setting, &tests, options)?);
+            runs.push(Run::new(loaded, setting, &tests, options, recorder.as_ref())?);
         }
         if let Some(run) = runs.get_mut(first) {
             let seconds = run.first_logits()?;
@@ -177,7 +188,7 @@ pub fn bench(
             }
         }
     }
-    Ok(Report::new(infos, &probes, &runs, options))
+    Ok(Report::new(infos, &probes, &runs, options, energy))
 }
 
 /// The most tokens of each sequence of a batch: a step is what is measured.
@@ -238,6 +249,10 @@ pub(crate) struct Run<'a> {
     heads: Heads,
     /// Each test and its tokens per second, round by round.
     speeds: Vec<(Test, Vec<f64>)>,
+    recorder: Option<&'a Recorder>,
+    /// Of each test, joules per token above the idle machine, round by round; empty
+    /// where they were not measured.
+    joules: Vec<Vec<f64>>,
 }
 
 impl<'a> Run<'a> {
@@ -246,6 +261,7 @@ impl<'a> Run<'a> {
         setting: Setting,
         tests: &[Test],
         options: &BenchOptions,
+        recorder: Option<&'a Recorder>,
     ) -> Result<Self, EvalError> {
         let session_options = SessionOptions {
             threads: Some(setting.threads),
@@ -265,9 +281,21 @@ impl<'a> Run<'a> {
         let scans: Vec<_> = scans.flat_map(|&mode| Hidden::ALL.map(|h| (mode, h))).collect();
         let heads = Heads::new(&session, &session_options, &scans)?;
         tests.extend(scans.into_iter().map(|(mode, hidden)| Test::Scan(mode, hidden)));
-        let speeds = tests.into_iter().map(|test| (test, Vec::new())).collect();
+        let speeds: Vec<_> = tests.into_iter().map(|test| (test, Vec::new())).collect();
         let options = session_options;
-        Ok(Self { loaded, setting, options, session, batch, products, heads, speeds })
+        let joules = vec![Vec::new(); speeds.len()];
+        Ok(Self {
+            loaded,
+            setting,
+            options,
+            session,
+            batch,
+            products,
+            heads,
+            speeds,
+            recorder,
+            joules,
+        })
     }
 
     fn name(&self, test: usize) -> String {
@@ -307,7 +335,7 @@ impl<'a> Run<'a> {
         // A token untimed: a system that drops idle pages may have dropped the model's
         // while another was measured.
         self.first_logits()?;
-        let speed = match self.speeds[test].0 {
+        let (speed, joules) = match self.speeds[test].0 {
             Test::Prompt(n) => {
                 let tokens = pseudo_text(n, vocab);
                 self.timed(n, |session| session.prefill(&tokens).map(|_| ()))?
@@ -322,43 +350,64 @@ impl<'a> Run<'a> {
                 })?
             }
             Test::Batch { tokens, sequences } => self.batched(tokens, sequences)?,
-            Test::Ternary => self.products.ternary(),
-            Test::Head => self.products.head(),
-            Test::Scan(mode, hidden) => self.heads.measure(mode, hidden)?,
+            Test::Ternary => (self.products.ternary(), None),
+            Test::Head => (self.products.head(), None),
+            Test::Scan(mode, hidden) => (self.heads.measure(mode, hidden)?, None),
         };
         if counts {
             self.speeds[test].1.push(speed);
+            self.joules[test].extend(joules);
         }
         Ok(())
     }
 
-    /// Tokens per second of `work` on `tokens` tokens.
+    /// Tokens per second of `work` on `tokens` tokens, and joules per token.
     fn timed(
         &mut self,
         tokens: usize,
         work: impl FnOnce(&mut Session) -> Result<(), EngineError>,
-    ) -> Result<f64, EvalError> {
+    ) -> Result<Rate, EvalError> {
         self.session.reset();
-        let start = Instant::now();
-        work(&mut self.session)?;
-        Ok(tokens as f64 / start.elapsed().as_secs_f64().max(1e-9))
+        let session = &mut self.session;
+        rate(self.recorder, tokens, || work(session))
     }
 
-    /// Tokens per second of all sequences together, from empty contexts.
-    fn batched(&mut self, tokens: usize, sequences: usize) -> Result<f64, EvalError> {
+    /// The same of all sequences together, from empty contexts.
+    fn batched(&mut self, tokens: usize, sequences: usize) -> Result<Rate, EvalError> {
         let text = pseudo_text(tokens * sequences, self.loaded.model.config().vocab_size);
-        let Some(batch) = &mut self.batch else { return Ok(0.0) };
+        let Some(batch) = &mut self.batch else { return Ok((0.0, None)) };
         (0..sequences).try_for_each(|i| batch.truncate(i, 0))?;
-        let start = Instant::now();
-        for step in text.chunks_exact(sequences) {
-            let step: Vec<(usize, u32)> = step.iter().copied().enumerate().collect();
-            match batch.head() {
-                HeadMode::Stored => batch.decode(&step).map(|_| ())?,
-                _ => batch.decode_top(&step, 1).map(|_| ())?,
-            }
-        }
-        Ok(text.len() as f64 / start.elapsed().as_secs_f64().max(1e-9))
+        rate(self.recorder, text.len(), || {
+            text.chunks_exact(sequences).try_for_each(|step| {
+                let step: Vec<(usize, u32)> = step.iter().copied().enumerate().collect();
+                match batch.head() {
+                    HeadMode::Stored => batch.decode(&step).map(|_| ()),
+                    _ => batch.decode_top(&step, 1).map(|_| ()),
+                }
+            })
+        })
     }
+}
+
+/// Tokens per second, and joules per token where they are measured.
+type Rate = (f64, Option<f64>);
+
+/// That of `work` on `tokens` tokens.
+fn rate(
+    recorder: Option<&Recorder>,
+    tokens: usize,
+    work: impl FnOnce() -> Result<(), EngineError>,
+) -> Result<Rate, EvalError> {
+    let timed = || {
+        let start = Instant::now();
+        work().map(|()| start.elapsed().as_secs_f64().max(1e-9))
+    };
+    let (seconds, joules) = match recorder {
+        Some(recorder) => recorder.measure(timed),
+        None => (timed(), None),
+    };
+    let tokens = tokens as f64;
+    Ok((tokens / seconds?, joules.map(|j| j / tokens)))
 }
 
 /// Room for the largest batch of the tests, on the threads of `session`.
@@ -379,7 +428,7 @@ fn batch(
 
 /// How often a measurement that takes `seconds` is repeated within one, so that
 /// it takes at least 30 ms.
-fn rounds(seconds: f64) -> usize {
+pub(crate) fn rounds(seconds: f64) -> usize {
     (0.03 / seconds.max(1e-9)).ceil().clamp(1.0, 1e5) as usize
 }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use bitnet_core::exit::ExitError;
 use bitnet_engine::{EngineError, HeadMode, SessionOptions, physical_cores};
 use bitnet_eval::bench::{BenchOptions, Loaded, Setting, bench, matrix};
+use bitnet_eval::energy;
 use bitnet_kernels::{IsaError, Kernels};
 use clap::{Args, ValueEnum};
 
@@ -38,8 +39,10 @@ share_of_int8_peak, bytes_per_token and its parts linear_bytes_per_token,
 head_bytes_per_token and kv_bytes_per_token (at the mean context), share_outside_products,
 head_speedup (over head_only), share_refined and share_scored (rows whose lower four
 bits a search read, and that it scored exactly),
-peak_rss_bytes (of the process: all sessions of a matrix together).
+joules_per_token (with --energy), peak_rss_bytes (of the process: all sessions of a
+matrix together).
 `kv` and `head`: the options. `models`: model, layout, file_bytes, kv_cache_bytes, load_seconds, first_logits_seconds.
+`energy` (with --energy): available, reason, counters, idle_watts.
 `limits`: lists `read` (model, bytes, isa, threads, gb_per_second and _best) and `int8`
 (isa, threads, gop_per_second and _best).")]
 pub(crate) struct BenchArgs {
@@ -72,6 +75,12 @@ pub(crate) struct BenchArgs {
     /// Measure every instruction set with 1 to --threads threads
     #[arg(long)]
     matrix: bool,
+    /// Joules per token of prompts and decoding, from the processor's counters (RAPL)
+    /// in DIR; two seconds of the idle machine are measured first and subtracted.
+    /// Where there are no counters, it says why
+    #[arg(long, value_name = "DIR", num_args = 0..=1, require_equals = true,
+          default_missing_value = energy::POWERCAP)]
+    energy: Option<PathBuf>,
     #[command(flatten)]
     run: RunArgs,
     #[command(flatten)]
@@ -124,6 +133,7 @@ impl BenchArgs {
                 ..self.run.session(None)
             },
             heads,
+            energy: self.energy.clone(),
         };
         let progress = Progress::new();
         let report = bench(&models, &settings, &options, &mut |done, total, name| {

@@ -88,6 +88,43 @@ pub enum EvalError {
         /// The context.
         context: usize,
     },
+    /// Nothing that counts among what was read.
+    #[error("nothing to score: no token counts (mode {mode})")]
+    NothingScored {
+        /// The mode.
+        mode: &'static str,
+    },
+    /// Conversations packed into rows, and another mode or context than theirs.
+    #[error(
+        "mode {mode}, context {context}: conversations packed into rows of {row} inputs are scored \
+         row by row, in mode windows with context {row}"
+    )]
+    Rows {
+        /// The mode asked for.
+        mode: &'static str,
+        /// The context asked for.
+        context: usize,
+        /// Inputs in a row.
+        row: usize,
+    },
+    /// A row of a task's file that is not what it should be.
+    #[error("{path}:{line}: {what}")]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// The line, or the row of a parquet file, counted from 1.
+        line: u64,
+        /// What was expected and what was found.
+        what: String,
+    },
+    /// A file of a task that is not what it should be.
+    #[error("{path}: {what}")]
+    TaskFile {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and what was found.
+        what: String,
+    },
     /// A file that `bitnet-eval bench --json` did not write.
     #[error("{path}: not the JSON of a bench: {why}")]
     BenchFile {
@@ -95,6 +132,31 @@ pub enum EvalError {
         path: PathBuf,
         /// What is wrong.
         why: String,
+    },
+    /// A results file without scores of tasks.
+    #[error("{path}: no results of tasks: {why}")]
+    ResultsFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A page that could not be made.
+    #[error("the page could not be made: {0}")]
+    Page(String),
+    /// Nothing has the name that was given.
+    #[error("{name}: no model, no training config, and no name of a file in a folder `configs`")]
+    NoSubject {
+        /// The name.
+        name: String,
+    },
+    /// A training config that cannot be used.
+    #[error("{path}: {what}")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
     },
     /// A picture that could not be drawn.
     #[error("{path}: cannot be drawn: {why}")]
@@ -136,13 +198,20 @@ impl EvalError {
             | Self::Empty { .. }
             | Self::NotText { .. }
             | Self::BenchFile { .. }
+            | Self::ResultsFile { .. }
+            | Self::NoSubject { .. }
+            | Self::Config { .. }
             | Self::Tokenizer { .. }
             | Self::TooShort { .. }
+            | Self::NothingScored { .. }
+            | Self::Row { .. }
+            | Self::TaskFile { .. }
             | Self::NotFinite { .. } => Exit::BadInput,
-            Self::Plot { .. } | Self::Write { .. } => Exit::Failed,
+            Self::Plot { .. } | Self::Write { .. } | Self::Page(_) => Exit::Failed,
             Self::LongContext { .. }
             | Self::Context { .. }
             | Self::Stride { .. }
+            | Self::Rows { .. }
             | Self::Usage(_) => Exit::Usage,
         }
     }

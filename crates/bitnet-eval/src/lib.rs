@@ -9,15 +9,22 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod bench;
+pub mod compare;
+pub mod energy;
 mod error;
 pub mod growth;
 mod model;
 mod perplexity;
+pub mod plan;
+mod ratio;
 mod source;
+pub mod tasks;
 mod windows;
+pub mod words;
 
 pub use error::EvalError;
-pub use model::{EngineModel, LanguageModel, log_prob};
-pub use perplexity::{Perplexity, PerplexityOptions, perplexity};
-pub use source::{TokenSource, open_shards, read_text, sha256_hex};
+pub use model::{EngineModel, LanguageModel, TokenScore, log_prob, token_score};
+pub use perplexity::{Perplexity, PerplexityOptions, TokenText, perplexity};
+pub use ratio::{mean_error, ratio};
+pub use source::{TextDocument, TokenSource, open_shards, read_text, sha256_hex};
 pub use windows::{Mode, Window, Windows};

@@ -4,6 +4,15 @@ use bitnet_engine::Session;
 
 use crate::EvalError;
 
+/// What a model says about one token of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenScore {
+    /// `ln p` of the token after those before it, in nats.
+    pub log_prob: f64,
+    /// Whether it is the most probable token there; of equals, the smallest id.
+    pub greedy: bool,
+}
+
 /// A model that predicts the next token.
 pub trait LanguageModel {
     /// The longest sequence it reads, in tokens.
@@ -12,7 +21,7 @@ pub trait LanguageModel {
     /// How many tokens its vocabulary has.
     fn vocab_size(&self) -> usize;
 
-    /// `ln p(tokens[i] | tokens[..i])` for `i` in `first..tokens.len()`, in nats.
+    /// `ln p(tokens[i] | tokens[..i])` for `i` in `first..tokens.len()`.
     ///
     /// # Shapes
     /// The model reads `tokens.len() - 1` tokens; `first` is at least 1; the
@@ -20,7 +29,7 @@ pub trait LanguageModel {
     ///
     /// # Errors
     /// A sequence longer than the context, a token outside the vocabulary.
-    fn score(&mut self, tokens: &[u32], first: usize) -> Result<Vec<f64>, EvalError>;
+    fn score(&mut self, tokens: &[u32], first: usize) -> Result<Vec<TokenScore>, EvalError>;
 }
 
 /// `ln softmax(logits)[target]`, summed in f64.
@@ -35,7 +44,22 @@ pub fn log_prob(logits: &[f32], target: usize) -> f64 {
     f64::from(logits[target]) - max - sum.ln()
 }
 
+/// The score of `target` after `logits`.
+///
+/// # Shapes
+/// `logits` is `[V]` and `target` below V.
+#[must_use]
+pub fn token_score(logits: &[f32], target: usize) -> TokenScore {
+    let mine = logits[target];
+    let greedy = logits[..target].iter().all(|&l| l < mine)
+        && logits[target + 1..].iter().all(|&l| l <= mine);
+    TokenScore { log_prob: log_prob(logits, target), greedy }
+}
+
 /// A packed model on the CPU.
+///
+/// A sequence that begins as the one before it is run from where they part, so
+/// that the answers to one question share the question.
 #[derive(Debug)]
 pub struct EngineModel {
     session: Session,
@@ -64,22 +88,32 @@ impl LanguageModel for EngineModel {
         self.session.model().config().vocab_size
     }
 
-    fn score(&mut self, tokens: &[u32], first: usize) -> Result<Vec<f64>, EvalError> {
+    fn score(&mut self, tokens: &[u32], first: usize) -> Result<Vec<TokenScore>, EvalError> {
         let vocab_size = self.vocab_size();
-        let Some((&last, inputs)) = tokens.split_last() else { return Ok(Vec::new()) };
+        let first = first.max(1);
+        if first >= tokens.len() {
+            return Ok(Vec::new());
+        }
+        let inputs = &tokens[..tokens.len() - 1];
         // The last token is a target alone, which the session does not check.
+        let last = tokens[inputs.len()];
         if last as usize >= vocab_size {
             let position = inputs.len();
             return Err(
                 bitnet_engine::EngineError::Token { token: last, position, vocab_size }.into()
             );
         }
-        let mut scores = Vec::with_capacity(tokens.len().saturating_sub(first));
-        self.session.reset();
-        self.session.score(inputs, |at, logits| {
-            if at + 1 >= first {
-                scores.push(log_prob(logits, tokens[at + 1] as usize));
-            }
+        // The logits that predict token `first` are those of the token before it.
+        let wanted = first - 1;
+        let common = self.session.tokens().iter().zip(inputs).take_while(|(a, b)| a == b).count();
+        self.session.truncate(common.min(wanted));
+        let at = self.session.position();
+        if at < wanted {
+            self.session.prefill(&inputs[at..wanted])?;
+        }
+        let mut scores = Vec::with_capacity(tokens.len() - first);
+        self.session.score(&inputs[wanted..], |i, logits| {
+            scores.push(token_score(logits, tokens[first + i] as usize));
         })?;
         Ok(scores)
     }
@@ -101,6 +135,13 @@ mod tests {
         assert!((log_prob(&[-1e30, 0.0], 0) + 1e30).abs() < 1e24, "no underflow to infinity");
         assert!(!log_prob(&[f32::NAN, 0.0], 1).is_finite());
         assert!(!log_prob(&[f32::INFINITY, 0.0], 1).is_finite());
+    }
+
+    #[test]
+    fn greedy_is_the_first_of_the_largest() {
+        let greedy = |target| token_score(&[0.5, 2.0, 2.0, -1.0], target).greedy;
+        assert_eq!([0, 1, 2, 3].map(greedy), [false, true, false, false]);
+        assert!(!token_score(&[f32::NAN, 0.0], 0).greedy);
     }
 
     #[test]

@@ -6,8 +6,10 @@ use serde::Serialize;
 
 use crate::EvalError;
 use crate::model::LanguageModel;
-use crate::source::TokenSource;
-use crate::windows::{Mode, Windows};
+use crate::ratio::{mean_error, ratio};
+use crate::source::{Piece, TokenSource};
+use crate::windows::Mode;
+use crate::words;
 
 /// How a sequence is scored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,24 +25,57 @@ pub struct PerplexityOptions {
     pub max_tokens: Option<u64>,
     /// Stops after so many windows, as training's `eval.windows` does.
     pub max_windows: Option<u64>,
-    /// What the first token of each chunk is replaced by in [`Mode::LlamaCpp`].
+    /// What the first token of each chunk is replaced by in [`Mode::LlamaCpp`], and
+    /// what stands before each document of token shards in [`Mode::Rolling`].
     pub bos: Option<u32>,
 }
 
-/// How likely a sequence is under a model.
+/// What tokens mean as text.
+pub trait TokenText {
+    /// The bytes of text that a token stands for; none where it is a mark for the
+    /// model, which also ends a word.
+    fn bytes(&self, token: u32) -> &[u8];
+}
+
+impl TokenText for bitnet_engine::Tokenizer {
+    fn bytes(&self, token: u32) -> &[u8] {
+        if self.is_special(token) { &[] } else { self.token_bytes(token) }
+    }
+}
+
+/// How likely a sequence is under a model. A standard error takes the windows (in
+/// [`Mode::Rolling`] the documents) as independent; there is none for a single one.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Perplexity {
     /// Tokens scored.
     pub tokens: u64,
     /// Windows the sequence was cut into.
     pub windows: u64,
+    /// Documents, in [`Mode::Rolling`].
+    pub documents: Option<u64>,
     /// Mean negative log-likelihood, in nats per token.
     pub nats: f64,
+    /// Its standard error.
+    pub nats_stderr: Option<f64>,
+    /// The same with every token taken as independent, which is too small: tokens
+    /// of a text are not. llama.cpp prints this, times the perplexity.
+    pub nats_stderr_tokens: Option<f64>,
     /// `e^nats`.
     pub perplexity: f64,
+    /// Its standard error, `perplexity · nats_stderr`.
+    pub perplexity_stderr: Option<f64>,
+    /// `e^(nats in all / words)`; none where no word is scored.
+    pub word_perplexity: Option<f64>,
+    /// Its standard error.
+    pub word_perplexity_stderr: Option<f64>,
+    /// Words: those that begin in the scored tokens; in [`Mode::Rolling`] of a text
+    /// [`words::count_words`] of the documents.
+    pub words: u64,
     /// Bits per byte of the text that the scored tokens stand for; none where
     /// they stand for no text. Special tokens cost bits and have no bytes.
     pub bits_per_byte: Option<f64>,
+    /// Its standard error.
+    pub bits_per_byte_stderr: Option<f64>,
     /// Bytes of that text.
     pub bytes: u64,
     /// Tokens the model read, per second.
@@ -49,98 +84,203 @@ pub struct Perplexity {
     pub seconds: f64,
 }
 
-/// Scores `source` with `model`. `token_bytes` tells how many bytes of text a
-/// token stands for; `progress` gets (tokens scored, tokens in all, nats so far)
-/// after each window.
+/// Scores `source` with `model`. `text` tells what tokens stand for; `progress` gets
+/// (tokens scored, tokens in all, nats so far) after each window.
 ///
 /// The mean is taken over all scored tokens in f64, in their order, so that it
 /// does not depend on how windows are batched.
 ///
 /// # Errors
-/// A context that does not fit the model, a sequence too short, and what reading
-/// the source or running the model returns.
+/// A context that does not fit the model, a mode that does not fit the source, a
+/// sequence too short, and what reading the source or running the model returns.
 pub fn perplexity(
     model: &mut dyn LanguageModel,
     source: &TokenSource,
     options: &PerplexityOptions,
-    token_bytes: &dyn Fn(u32) -> usize,
+    text: &dyn TokenText,
     progress: &mut dyn FnMut(u64, u64, f64),
 ) -> Result<Perplexity, EvalError> {
     let limit = model.context();
     if options.context > limit {
         return Err(EvalError::LongContext { context: options.context, limit });
     }
-    let windows = Windows::new(
-        options.mode,
-        source.len(),
-        options.context,
-        options.stride,
-        source.is_text(),
-    )?;
     let goal = options.max_tokens.unwrap_or(u64::MAX);
     let most = options.max_windows.unwrap_or(u64::MAX);
-    let total = expected(&windows, goal, most);
-    let (mut scored, mut count, mut read, mut bytes) = (0u64, 0u64, 0u64, 0u64);
-    let mut sum = 0.0f64;
-    let mut seconds = Duration::ZERO;
-    let mut tokens = Vec::new();
-    for window in windows {
-        if scored >= goal || count >= most {
+    let mut pieces = source.pieces(options)?;
+    let total = pieces.expected(goal, most);
+    let mut sums = Sums::default();
+    while let Some(piece) = pieces.next(source)? {
+        // A document that was begun is scored to its end.
+        if !piece.goes_on && (sums.tokens >= goal || sums.windows >= most) {
             break;
-        }
-        source.read(window.start, window.len, &mut tokens)?;
-        let scored_tokens = &tokens[window.first..];
-        bytes += scored_tokens.iter().map(|&t| token_bytes(t) as u64).sum::<u64>();
-        if let (Mode::LlamaCpp, Some(bos)) = (options.mode, options.bos) {
-            tokens[0] = bos;
         }
         let started = Instant::now();
-        let log_probs = model.score(&tokens, window.first)?;
-        seconds += started.elapsed();
-        for (i, log_prob) in log_probs.into_iter().enumerate() {
-            if !log_prob.is_finite() {
-                let position = window.start + (window.first + i) as u64;
-                return Err(EvalError::NotFinite { position, value: log_prob });
-            }
-            sum -= log_prob;
-        }
-        scored += window.scored() as u64;
-        read += window.len as u64 - 1;
-        count += 1;
-        progress(scored, total, sum / scored as f64);
+        let scores = model.score(&piece.tokens, piece.first)?;
+        sums.time += started.elapsed();
+        sums.add(&piece, scores.iter().map(|s| s.log_prob), text)?;
+        progress(sums.tokens, total, sums.nats / sums.tokens.max(1) as f64);
     }
-    let nats = sum / scored as f64;
-    let seconds = seconds.as_secs_f64();
-    Ok(Perplexity {
-        tokens: scored,
-        windows: count,
-        nats,
-        perplexity: nats.exp(),
-        bits_per_byte: (bytes > 0).then(|| sum / std::f64::consts::LN_2 / bytes as f64),
-        bytes,
-        tokens_per_second: read as f64 / seconds.max(1e-9),
-        seconds,
-    })
+    if sums.tokens == 0 {
+        return Err(EvalError::NothingScored { mode: options.mode.name() });
+    }
+    let documents = (options.mode == Mode::Rolling).then_some(sums.clusters.len() as u64);
+    Ok(sums.result(documents))
 }
 
-/// How many tokens will be scored.
-fn expected(windows: &Windows, goal: u64, most: u64) -> u64 {
-    let mut scored = 0;
-    if goal == u64::MAX && most == u64::MAX {
-        return windows.total_scored();
-    }
-    for (window, _) in windows.clone().zip(0..most) {
-        if scored >= goal {
-            break;
+/// What a window or document adds.
+#[derive(Debug, Default, Clone, Copy)]
+struct Cluster {
+    nats: f64,
+    tokens: u64,
+    bytes: u64,
+    words: u64,
+}
+
+#[derive(Debug, Default)]
+struct Sums {
+    clusters: Vec<Cluster>,
+    windows: u64,
+    tokens: u64,
+    /// Tokens the model was asked about, those that do not count included.
+    read: u64,
+    nats: f64,
+    squares: f64,
+    time: Duration,
+}
+
+impl Sums {
+    fn add(
+        &mut self,
+        piece: &Piece,
+        log_probs: impl Iterator<Item = f64>,
+        text: &dyn TokenText,
+    ) -> Result<(), EvalError> {
+        self.windows += 1;
+        self.read += piece.tokens.len() as u64 - 1;
+        if piece.first >= piece.tokens.len() {
+            return Ok(());
         }
-        scored += window.scored() as u64;
+        if !piece.goes_on {
+            self.clusters.push(Cluster::default());
+        }
+        let Some(cluster) = self.clusters.last_mut() else { return Ok(()) };
+        for (i, log_prob) in log_probs.enumerate() {
+            let at = piece.first + i;
+            if piece.counted.as_ref().is_some_and(|counted| !counted[at]) {
+                continue;
+            }
+            if !log_prob.is_finite() {
+                let position = piece.start + at as u64;
+                return Err(EvalError::NotFinite { position, value: log_prob });
+            }
+            self.nats -= log_prob;
+            self.squares += log_prob * log_prob;
+            self.tokens += 1;
+            cluster.nats -= log_prob;
+            cluster.tokens += 1;
+        }
+        let (words, bytes) = match piece.size {
+            // A document's size is counted once.
+            Some(_) if piece.goes_on => (0, 0),
+            Some(size) => size,
+            None => text_size(piece, text),
+        };
+        cluster.words += words;
+        cluster.bytes += bytes;
+        Ok(())
     }
-    scored
+
+    fn result(&self, documents: Option<u64>) -> Perplexity {
+        let per = |b: &dyn Fn(&Cluster) -> u64| {
+            let pieces: Vec<_> = self.clusters.iter().map(|c| (c.nats, b(c) as f64)).collect();
+            ratio(&pieces)
+        };
+        let (_, nats_stderr) = per(&|c| c.tokens);
+        let (nats_per_word, word_stderr) = per(&|c| c.words);
+        let (nats_per_byte, byte_stderr) = per(&|c| c.bytes);
+        let nats = self.nats / self.tokens as f64;
+        let word_perplexity = nats_per_word.map(f64::exp);
+        let bits = |nats: f64| nats / std::f64::consts::LN_2;
+        let seconds = self.time.as_secs_f64();
+        Perplexity {
+            tokens: self.tokens,
+            windows: self.windows,
+            documents,
+            nats,
+            nats_stderr,
+            nats_stderr_tokens: mean_error(self.tokens, self.nats, self.squares),
+            perplexity: nats.exp(),
+            perplexity_stderr: nats_stderr.map(|e| e * nats.exp()),
+            word_perplexity,
+            word_perplexity_stderr: word_perplexity.zip(word_stderr).map(|(p, e)| p * e),
+            words: self.clusters.iter().map(|c| c.words).sum(),
+            bits_per_byte: nats_per_byte.map(bits),
+            bits_per_byte_stderr: byte_stderr.map(bits),
+            bytes: self.clusters.iter().map(|c| c.bytes).sum(),
+            tokens_per_second: self.read as f64 / seconds.max(1e-9),
+            seconds,
+        }
+    }
+}
+
+/// Words that begin in the tokens of a piece that count, and their bytes.
+fn text_size(piece: &Piece, text: &dyn TokenText) -> (u64, u64) {
+    let counts = |at: usize| piece.counted.as_ref().is_none_or(|counted| counted[at]);
+    let (mut words, mut bytes) = (0, 0);
+    let mut run = Vec::new();
+    let mut at = piece.first;
+    while at < piece.tokens.len() {
+        if !counts(at) {
+            at += 1;
+            continue;
+        }
+        // A run of tokens that count is a text behind the token before it.
+        let mut space = ends_in_space(text.bytes(piece.tokens[at - 1]));
+        while at < piece.tokens.len() && counts(at) {
+            let own = text.bytes(piece.tokens[at]);
+            if own.is_empty() {
+                words += begun(&run, space);
+                run.clear();
+                space = true;
+            }
+            run.extend_from_slice(own);
+            bytes += own.len() as u64;
+            at += 1;
+        }
+        words += begun(&run, space);
+        run.clear();
+    }
+    (words, bytes)
+}
+
+/// Words that begin in `bytes`.
+fn begun(bytes: &[u8], after_space: bool) -> u64 {
+    words::count_begun(&String::from_utf8_lossy(bytes), after_space)
+}
+
+/// Whether a word can begin behind these bytes; a mark for the model has none.
+fn ends_in_space(bytes: &[u8]) -> bool {
+    String::from_utf8_lossy(bytes).chars().next_back().is_none_or(words::is_space)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::TokenScore;
+    use crate::source::TextDocument;
+
+    /// An even token is `x`, an odd one ` x`; 999 is a mark.
+    struct Letters;
+
+    impl TokenText for Letters {
+        fn bytes(&self, token: u32) -> &[u8] {
+            match token {
+                999 => &[],
+                t if t % 2 == 0 => b"x",
+                _ => b" x",
+            }
+        }
+    }
 
     /// `ln p` of a token depends on it and on how many tokens stand before it,
     /// so that a window cut in the wrong place gives another sum.
@@ -158,10 +298,14 @@ mod tests {
             1000
         }
 
-        fn score(&mut self, tokens: &[u32], first: usize) -> Result<Vec<f64>, EvalError> {
+        fn score(&mut self, tokens: &[u32], first: usize) -> Result<Vec<TokenScore>, EvalError> {
             assert!(tokens.len() - 1 <= self.context, "{} inputs", tokens.len() - 1);
             self.seen.push(tokens.to_vec());
-            Ok((first..tokens.len()).map(|i| -f64::from(tokens[i]) - 0.001 * i as f64).collect())
+            let score = |i: usize| TokenScore {
+                log_prob: -f64::from(tokens[i]) - 0.001 * i as f64,
+                greedy: false,
+            };
+            Ok((first..tokens.len()).map(score).collect())
         }
     }
 
@@ -182,8 +326,7 @@ mod tests {
             bos: Some(999),
         };
         let result =
-            perplexity(&mut model, &source, &options, &|t| t as usize % 2 + 1, &mut |_, _, _| {})
-                .unwrap();
+            perplexity(&mut model, &source, &options, &Letters, &mut |_, _, _| {}).unwrap();
         (result, model.seen)
     }
 
@@ -199,6 +342,76 @@ mod tests {
         let bits = p.nats * 8.0 / std::f64::consts::LN_2 / 12.0;
         assert!((p.bits_per_byte.unwrap() - bits).abs() < 1e-12);
         assert_eq!(run(Mode::Windows, &tokens, None, true).0.tokens, 10);
+    }
+
+    #[test]
+    fn words_bytes_and_errors_are_those_of_the_formulas() {
+        // Windows [1 2 3 4] and [5 6 7 8] after 0 and 4: words begin at the odd ones.
+        let tokens: Vec<u32> = (0..9).collect();
+        let (p, _) = run(Mode::Windows, &tokens, None, false);
+        assert_eq!((p.words, p.bytes, p.documents), (4, 12, None));
+        let (a, b) = (10.010f64, 26.010f64);
+        assert!((p.word_perplexity.unwrap() / ((a + b) / 4.0).exp() - 1.0).abs() < 1e-12);
+        // Two windows of 4 tokens: R = (a + b) / 8, each a piece of residual ±(a - b) / 2.
+        let residual = (a - b) / 2.0;
+        let error = (2.0 * (2.0 * residual * residual)).sqrt() / 8.0;
+        assert!((p.nats_stderr.unwrap() - error).abs() < 1e-12, "{p:?}");
+        assert!((p.perplexity_stderr.unwrap() / (p.perplexity * error) - 1.0).abs() < 1e-12);
+        // The windows have equal bytes and words too.
+        let bits = 8.0 / 12.0 / std::f64::consts::LN_2;
+        assert!((p.bits_per_byte_stderr.unwrap() - error * bits).abs() < 1e-12);
+        let word = 2.0 * error * p.word_perplexity.unwrap();
+        assert!((p.word_perplexity_stderr.unwrap() / word - 1.0).abs() < 1e-12);
+        let x: Vec<f64> = (1..=8).map(|i| i as f64 + 0.001 * ((i - 1) % 4 + 1) as f64).collect();
+        let mean = x.iter().sum::<f64>() / 8.0;
+        let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 8.0 / 7.0;
+        assert!((p.nats_stderr_tokens.unwrap() - variance.sqrt()).abs() < 1e-9);
+        // A single window has no error.
+        let (one, _) = run(Mode::Windows, &tokens[..5], None, false);
+        assert_eq!((one.nats_stderr, one.perplexity_stderr), (None, None));
+        // A word begins behind a mark, whatever it begins with.
+        let (marked, _) = run(Mode::Windows, &[2, 2, 999, 2, 2], None, false);
+        assert_eq!((marked.words, marked.bytes), (1, 3));
+    }
+
+    #[test]
+    fn blocks_score_what_lies_inside_them() {
+        let tokens: Vec<u32> = (0..11).collect();
+        let (p, seen) = run(Mode::Blocks, &tokens, None, true);
+        assert_eq!(seen, [vec![0, 1, 2, 3], vec![4, 5, 6, 7]]);
+        assert_eq!((p.tokens, p.windows), (6, 2));
+        assert!((p.nats - (1 + 2 + 3 + 5 + 6 + 7) as f64 / 6.0 - 0.002).abs() < 1e-12);
+    }
+
+    #[test]
+    fn rolling_scores_whole_documents_by_their_own_size() {
+        let documents =
+            [(&[999, 1, 2, 3, 4, 5, 6][..], "a b c "), (&[999, 7], "d"), (&[999, 8], "e")];
+        let documents = documents.map(|(t, text)| TextDocument::new(t.to_vec(), text));
+        let source = TokenSource::Documents(documents.to_vec());
+        let options = |max_tokens| PerplexityOptions {
+            mode: Mode::Rolling,
+            context: 4,
+            stride: 1,
+            max_tokens,
+            max_windows: None,
+            bos: None,
+        };
+        let run = |max_tokens| {
+            let mut model = Fake { context: 4, seen: Vec::new() };
+            let p =
+                perplexity(&mut model, &source, &options(max_tokens), &Letters, &mut |_, _, _| {});
+            (p.unwrap(), model.seen)
+        };
+        let (p, seen) = run(None);
+        assert_eq!(seen[1], [2, 3, 4, 5, 6], "filled up to the context");
+        assert_eq!((p.tokens, p.documents, p.windows), (8, Some(3), 4));
+        assert_eq!((p.words, p.bytes), (4 + 1 + 1, 8));
+        let nats = 36.0 + 0.001 * f64::from(1 + 2 + 3 + 4 + 3 + 4 + 1 + 1);
+        assert!((p.word_perplexity.unwrap() / (nats / 6.0).exp() - 1.0).abs() < 1e-12);
+        // A document that was begun is finished.
+        let (p, _) = run(Some(1));
+        assert_eq!((p.tokens, p.documents, p.words), (6, Some(1), 4));
     }
 
     #[test]
@@ -243,7 +456,7 @@ mod tests {
                 bos: None,
             };
             let mut announced = Vec::new();
-            let result = perplexity(&mut model, &source, &options, &|_| 1, &mut |done, of, _| {
+            let result = perplexity(&mut model, &source, &options, &Letters, &mut |done, of, _| {
                 announced.push((done, of));
             })
             .unwrap();
@@ -265,7 +478,7 @@ mod tests {
             bos: None,
         };
         let error =
-            perplexity(&mut model, &source, &options, &|_| 1, &mut |_, _, _| {}).unwrap_err();
+            perplexity(&mut model, &source, &options, &Letters, &mut |_, _, _| {}).unwrap_err();
         assert_eq!(error.exit().code(), 2);
         assert_eq!(error.to_string(), "context 5 is longer than the model's context of 4 tokens");
     }
@@ -280,8 +493,12 @@ mod tests {
             fn vocab_size(&self) -> usize {
                 8
             }
-            fn score(&mut self, tokens: &[u32], first: usize) -> Result<Vec<f64>, EvalError> {
-                Ok(vec![f64::NAN; tokens.len() - first])
+            fn score(
+                &mut self,
+                tokens: &[u32],
+                first: usize,
+            ) -> Result<Vec<TokenScore>, EvalError> {
+                Ok(vec![TokenScore { log_prob: f64::NAN, greedy: false }; tokens.len() - first])
             }
         }
         let source = TokenSource::Tokens { tokens: vec![0; 20], text: true };
@@ -294,7 +511,7 @@ mod tests {
             bos: None,
         };
         let error =
-            perplexity(&mut Broken, &source, &options, &|_| 1, &mut |_, _, _| {}).unwrap_err();
+            perplexity(&mut Broken, &source, &options, &Letters, &mut |_, _, _| {}).unwrap_err();
         assert!(error.to_string().contains("token 1 "), "{error}");
     }
 }

@@ -20,16 +20,27 @@ pub enum Mode {
     /// guide's evaluation): each token but the first is scored once, with at
     /// least `context - stride` tokens before it after the first window.
     Sliding,
+    /// The BitNet papers' blocks: non-overlapping blocks of `context` tokens (2048
+    /// there), every prediction inside a block scored (`context - 1` of them), no
+    /// token added, what is left behind the last whole block left out.
+    Blocks,
+    /// lm-evaluation-harness' rolling log-likelihood of a document: a token put in
+    /// front of it, every token of it scored once, `context` inputs at a time; the
+    /// last window is filled up with tokens scored before. The sequence is that
+    /// token and one document.
+    Rolling,
 }
 
 impl Mode {
     /// The name in options and reports.
     #[must_use]
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::Windows => "windows",
             Self::LlamaCpp => "llama-cpp",
             Self::Sliding => "sliding",
+            Self::Blocks => "blocks",
+            Self::Rolling => "rolling",
         }
     }
 }
@@ -81,7 +92,11 @@ impl Windows {
         stride: usize,
         keep_tail: bool,
     ) -> Result<Self, EvalError> {
-        let smallest = if mode == Mode::Windows { 1 } else { 4 };
+        let smallest = match mode {
+            Mode::Windows | Mode::Rolling => 1,
+            Mode::Blocks => 2,
+            Mode::LlamaCpp | Mode::Sliding => 4,
+        };
         if context < smallest {
             return Err(EvalError::Context { context, mode: mode.name(), smallest });
         }
@@ -91,7 +106,8 @@ impl Windows {
         let needed = match mode {
             Mode::Windows if !keep_tail => context as u64 + 1,
             Mode::LlamaCpp => 2 * context as u64,
-            Mode::Windows | Mode::Sliding => 2,
+            Mode::Blocks => context as u64,
+            Mode::Windows | Mode::Sliding | Mode::Rolling => 2,
         };
         if tokens < needed {
             return Err(EvalError::TooShort { tokens, needed, mode: mode.name(), context });
@@ -105,7 +121,8 @@ impl Windows {
         let (tokens, context) = (self.tokens, self.context as u64);
         match self.mode {
             Mode::Windows if !self.keep_tail => (tokens - 1) / context * context,
-            Mode::Windows | Mode::Sliding => tokens - 1,
+            Mode::Windows | Mode::Sliding | Mode::Rolling => tokens - 1,
+            Mode::Blocks => tokens / context * (context - 1),
             Mode::LlamaCpp => tokens / context * (context - context / 2 - 1),
         }
     }
@@ -132,6 +149,23 @@ impl Iterator for Windows {
                 }
                 self.next += self.context as u64;
                 Some(Window { start, len: self.context, first: self.context / 2 + 1 })
+            }
+            Mode::Blocks => {
+                if left < self.context as u64 {
+                    return None;
+                }
+                self.next += self.context as u64;
+                Some(Window { start, len: self.context, first: 1 })
+            }
+            Mode::Rolling => {
+                let from = self.scored_to;
+                if from >= self.tokens {
+                    return None;
+                }
+                let to = self.tokens.min(from + self.context as u64);
+                let start = to.saturating_sub(self.context as u64 + 1);
+                self.scored_to = to;
+                Some(Window { start, len: (to - start) as usize, first: (from - start) as usize })
             }
             Mode::Sliding => {
                 if self.scored_to >= self.tokens {
@@ -189,10 +223,47 @@ mod tests {
     }
 
     #[test]
+    fn blocks_share_no_token() {
+        assert_eq!(cut(Mode::Blocks, 11, 4, 0, false), [w(0, 4, 1), w(4, 4, 1)]);
+        assert_eq!(cut(Mode::Blocks, 4, 4, 0, true), [w(0, 4, 1)]);
+        assert_eq!(cut(Mode::Blocks, 4096, 2048, 0, false)[1].scored(), 2047);
+    }
+
+    /// `get_rolling_token_windows` of lm-evaluation-harness with a context of one
+    /// token, as (inputs and target, scored).
+    fn harness(tokens: usize, most: usize) -> Vec<Window> {
+        let first = most.min(tokens);
+        let mut windows = vec![w(0, first + 1, 1)];
+        let mut predicted = first;
+        while predicted < tokens {
+            let scored = (tokens - predicted).min(most);
+            let end = predicted + scored;
+            // Position 0 is the prefix token, so its token i is ours i + 1.
+            windows.push(w((end - most) as u64, most + 1, most + 1 - scored));
+            predicted = end;
+        }
+        windows
+    }
+
+    #[test]
+    fn rolling_windows_are_those_of_the_harness() {
+        for tokens in 1..40 {
+            for context in 1..12 {
+                let found = cut(Mode::Rolling, tokens as u64 + 1, context, 0, false);
+                assert_eq!(found, harness(tokens, context), "{tokens} tokens, {context}");
+            }
+        }
+        assert_eq!(cut(Mode::Rolling, 11, 4, 0, false)[2], w(6, 5, 3));
+    }
+
+    #[test]
     fn refuses_what_cannot_be_cut() {
         let cases = [
             (Mode::Windows, 100, 0, 1, "context 0"),
             (Mode::LlamaCpp, 100, 3, 1, "context 3"),
+            (Mode::Blocks, 100, 1, 1, "context 1"),
+            (Mode::Blocks, 7, 8, 1, "at least 8"),
+            (Mode::Rolling, 1, 8, 1, "at least 2"),
             (Mode::Sliding, 100, 8, 8, "stride 8"),
             (Mode::Sliding, 100, 8, 0, "stride 0"),
             (Mode::Windows, 8, 8, 1, "8 tokens"),
@@ -209,7 +280,10 @@ mod tests {
         #[test]
         fn every_token_is_scored_at_most_once_and_counted(
             tokens in 2u64..400, context in 4usize..40, stride in 1usize..39, tail: bool,
-            mode in prop_oneof![Just(Mode::Windows), Just(Mode::LlamaCpp), Just(Mode::Sliding)],
+            mode in prop_oneof![
+                Just(Mode::Windows), Just(Mode::LlamaCpp), Just(Mode::Sliding),
+                Just(Mode::Blocks), Just(Mode::Rolling)
+            ],
         ) {
             let Ok(windows) = Windows::new(mode, tokens, context, stride, tail) else {
                 return Ok(());
@@ -223,7 +297,7 @@ mod tests {
             }
             prop_assert!(seen.iter().all(|n| *n <= 1));
             prop_assert_eq!(seen.iter().map(|n| u64::from(*n)).sum::<u64>(), total);
-            if mode == Mode::Sliding || (mode == Mode::Windows && tail) {
+            if matches!(mode, Mode::Sliding | Mode::Rolling) || (mode == Mode::Windows && tail) {
                 prop_assert_eq!(total, tokens - 1);
             }
         }

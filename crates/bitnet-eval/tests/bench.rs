@@ -189,6 +189,38 @@ fn models_of_other_tools_are_measured() {
     assert!(bytes(&ternary) < bytes(&float) / 3.0);
 }
 
+/// Counters of a faked machine that stand still: the keys, and no energy at all.
+#[test]
+fn energy_is_measured_or_says_why_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(&dir, "m.gguf", &ModelConfig::tiny());
+    let counters = dir.path().join("powercap");
+    let option = format!("--energy={}", counters.display());
+    let args = [option.as_str(), "--threads", "1", "--json", "-"];
+    let report = json(&bench(&[&path], &args));
+    assert_eq!(report["energy"]["available"], false);
+    assert!(report["energy"]["reason"].as_str().unwrap().contains("powercap: no RAPL"));
+    assert!(report["results"][0]["joules_per_token"].is_null());
+    let table = String::from_utf8(bench(&[&path], &args[..3]).stdout).unwrap();
+    assert!(table.contains("energy unavailable: "), "{table}");
+
+    let zone = counters.join("intel-rapl:0");
+    std::fs::create_dir_all(&zone).unwrap();
+    for (file, text) in [("name", "package-0"), ("max_energy_range_uj", "1000"), ("energy_uj", "7")]
+    {
+        std::fs::write(zone.join(file), text).unwrap();
+    }
+    let report = json(&bench(&[&path], &args));
+    assert_eq!(report["energy"]["available"], true);
+    assert_eq!(report["energy"]["counters"][0], "package-0");
+    assert_eq!(number(&report["energy"], "idle_watts"), 0.0);
+    for row in report["results"].as_array().unwrap() {
+        let tokens = ["pp32", "tg8", "tg8x4"].contains(&row["test"].as_str().unwrap());
+        assert_eq!(row["joules_per_token"].as_f64(), tokens.then_some(0.0), "{row}");
+    }
+    assert!(json(&bench(&[&path], &args[1..])).get("energy").is_none());
+}
+
 #[test]
 fn the_table_fits_a_terminal() {
     let dir = tempfile::tempdir().unwrap();

@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use bitnet_core::ModelConfig;
-use bitnet_data::{FileOptions, PrepareOptions, Source, Split, prepare};
+use bitnet_data::{ChatOptions, FileOptions, PrepareOptions, Source, Split, prepare};
 use bitnet_engine::{LoadOptions, Model, Session, SessionOptions};
 use bitnet_eval::{
-    EngineModel, LanguageModel, Mode, PerplexityOptions, TokenSource, open_shards, perplexity,
+    EngineModel, LanguageModel, Mode, PerplexityOptions, TokenSource, TokenText, open_shards,
+    perplexity,
 };
 use common::{EOS, Random, RandomModel, tokenizer_json, variants};
 
@@ -56,6 +57,34 @@ fn shards(dir: &Path, name: &str, tokenizer: &str) -> PathBuf {
     options.validation_share = 0.5;
     prepare(&options, &mut ()).unwrap();
     dir.join(name)
+}
+
+/// Prepares twenty conversations, packed into rows of `context` inputs.
+fn chat_shards(dir: &Path, context: usize) -> PathBuf {
+    let (lines, json) = (dir.join("chat.jsonl"), dir.join("chat-tokenizer.json"));
+    let line = |i: usize| {
+        let (question, answer) = (format!("What is {i}?"), "One more. ".repeat(i % 4 + 1));
+        let message = |role: &str, text: &str| serde_json::json!({"role": role, "content": text});
+        let messages = [message("user", &question), message("assistant", &answer)];
+        format!("{}\n", serde_json::json!({ "messages": messages }))
+    };
+    fs::write(&lines, (0..20).map(line).collect::<String>()).unwrap();
+    fs::write(&json, tokenizer_json()).unwrap();
+    let mut options = PrepareOptions::new(Source::Chat { paths: vec![lines] }, dir.join("chat"));
+    options.tokenizer = Some(json);
+    options.validation_share = 0.5;
+    options.chat = Some(ChatOptions { context, template: None });
+    prepare(&options, &mut ()).unwrap();
+    dir.join("chat")
+}
+
+/// Tokens that stand for no text.
+struct NoText;
+
+impl TokenText for NoText {
+    fn bytes(&self, _: u32) -> &[u8] {
+        &[]
+    }
 }
 
 /// The mean over windows, token by token, with softmax as its definition reads.
@@ -105,7 +134,7 @@ fn scores_every_kind_of_model_as_the_formula_does() {
             bos: None,
         };
         let mut scorer = EngineModel::new(session);
-        let found = perplexity(&mut scorer, &source, &options, &|_| 1, &mut |_, _, _| {}).unwrap();
+        let found = perplexity(&mut scorer, &source, &options, &NoText, &mut |_, _, _| {}).unwrap();
         let windows = (0..39).step_by(16).map(|s| tokens[s..(s + 17).min(40)].to_vec());
         let expected = naive_nats(&model, windows);
         assert!((found.nats - expected).abs() < 1e-9, "{name}: {} and {expected}", found.nats);
@@ -121,6 +150,142 @@ fn a_target_outside_the_vocabulary_is_an_error() {
     let error = EngineModel::new(session).score(&[1, 2, 320], 1).unwrap_err();
     assert_eq!(error.exit().code(), 3);
     assert!(error.to_string().contains("token 320 at position 2"), "{error}");
+}
+
+#[test]
+fn a_shared_beginning_changes_no_bit() {
+    let random = RandomModel::new(&ModelConfig::tiny(), 3);
+    let (model, _dir) = random.open();
+    let scorer = || EngineModel::new(Session::new(&model, &SessionOptions::default()).unwrap());
+    let tokens = Random(5).tokens(40, &random.config);
+    let mut shared = scorer();
+    for (len, first) in [(30, 20), (40, 20), (40, 39), (25, 1), (40, 12), (40, 12)] {
+        let found = shared.score(&tokens[..len], first).unwrap();
+        assert_eq!(found, scorer().score(&tokens[..len], first).unwrap(), "{len}, {first}");
+        assert_eq!(found.len(), len - first);
+        assert_eq!(found[..], scorer().score(&tokens[..len], 1).unwrap()[first - 1..]);
+    }
+    let mut other = tokens.clone();
+    other[15] += 1;
+    let found = shared.score(&other, 20).unwrap();
+    assert_eq!(found, scorer().score(&other, 20).unwrap());
+    assert_eq!(shared.score(&tokens, 40).unwrap(), []);
+}
+
+#[test]
+fn of_conversations_only_what_training_learns_is_scored() {
+    let s = Setup::new();
+    let data = chat_shards(s.dir.path(), 95);
+    let source = open_shards(&data, Split::Validation, &tokenizer_json()).unwrap();
+    let TokenSource::Shards(dataset) = &source else { panic!("shards expected") };
+    let model = Model::open(&s.model, &LoadOptions::default()).unwrap();
+    let mut session = Session::new(&model, &SessionOptions::default()).unwrap();
+    let (mut sum, mut count, mut bytes) = (0.0, 0u64, 0u64);
+    let mut rows = dataset.windows(95).unwrap();
+    while let Some(batch) = rows.next_batch(1).unwrap() {
+        session.reset();
+        let mask = batch.loss_mask.unwrap();
+        for ((input, target), counts) in batch.inputs.iter().zip(&batch.targets).zip(mask) {
+            let logits = session.decode(*input).unwrap();
+            if counts != 0 {
+                let total: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();
+                sum -= (f64::from(logits[*target as usize]).exp() / total).ln();
+                count += 1;
+                bytes += u64::from(*target != EOS);
+            }
+        }
+    }
+    let args: [&dyn AsRef<std::ffi::OsStr>; 6] =
+        [&"perplexity", &s.model, &"--data", &data, &"--json", &"-"];
+    let result = json(&eval(&args));
+    assert_eq!((&result["tokens"], &result["bytes"]), (&count.into(), &bytes.into()));
+    assert_eq!(result["context"], 95, "the rows'");
+    assert!(count < dataset.tokens() / 2, "answers alone: {count} of {}", dataset.tokens());
+    let nats = result["nats"].as_f64().unwrap();
+    assert!((nats - sum / count as f64).abs() < 1e-9, "{nats}");
+    // "One more. " is two words, and the last space is trimmed away.
+    assert_eq!(result["words"].as_u64().unwrap() % 2, 0);
+    for more in [["--context", "64"], ["--mode", "rolling"], ["--mode", "sliding"]] {
+        let output = eval(&[&args[..4], &[&more[0], &more[1]]].concat());
+        assert_eq!(output.status.code(), Some(2));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("rows of 95 inputs"));
+    }
+}
+
+#[test]
+fn documents_of_texts_and_of_shards_roll_alike() {
+    let s = Setup::new();
+    let documents = ["One document of some words.", "Zwei: ein längeres Dokument. ", "x"];
+    let (jsonl, blank) = (s.path("d.jsonl"), s.path("d.txt"));
+    let line = |d: &&str| format!("{}\n", serde_json::json!({"page": d}));
+    fs::write(&jsonl, documents.iter().map(line).collect::<String>()).unwrap();
+    fs::write(&blank, documents.join("\n\n")).unwrap();
+    let model = Model::open(&s.model, &LoadOptions::default()).unwrap();
+    let whole = documents
+        .iter()
+        .map(|d| std::iter::once(EOS).chain(d.bytes().map(u32::from)).collect::<Vec<_>>());
+    let nats = naive_nats(&model, whole);
+    let run = |more: &[&dyn AsRef<std::ffi::OsStr>]| {
+        let args: [&dyn AsRef<std::ffi::OsStr>; 6] =
+            [&"perplexity", &s.model, &"--mode", &"rolling", &"--json", &"-"];
+        json(&eval(&[&args[..], more].concat()))
+    };
+    let bytes: usize = documents.iter().map(|d| d.len()).sum();
+    let found = run(&[&"--text", &jsonl, &"--field", &"page"]);
+    assert!((found["nats"].as_f64().unwrap() - nats).abs() < 1e-9, "{nats}");
+    assert_eq!((&found["documents"], &found["tokens"]), (&3.into(), &bytes.into()));
+    // re.split(r"\s+", ...) has 5, 5 (an empty one at the end) and 1 parts.
+    assert_eq!((&found["words"], &found["bytes"]), (&11.into(), &bytes.into()));
+    let total = nats * bytes as f64;
+    let word = found["word_perplexity"].as_f64().unwrap();
+    assert!((word.ln() - total / 11.0).abs() < 1e-9);
+    let bits = found["bits_per_byte"].as_f64().unwrap();
+    assert!((bits - total / bytes as f64 / std::f64::consts::LN_2).abs() < 1e-9);
+    // The shards' documents, in their own order, and their end tokens not scored.
+    let shards = run(&[&"--data", &s.data, &"--context", &"40"]);
+    let source = open_shards(&s.data, Split::Validation, &tokenizer_json()).unwrap();
+    let mut tokens = Vec::new();
+    source.read(0, source.len() as usize, &mut tokens).unwrap();
+    let ends = tokens.iter().filter(|t| **t == EOS).count();
+    assert_eq!(shards["documents"], ends);
+    assert_eq!(shards["tokens"], tokens.len() - ends);
+    // Split at blank lines, a document loses the space at its end or not; two are equal.
+    let split = run(&[&"--text", &blank, &"--documents", &"blank-line"]);
+    assert_eq!(split["documents"], 3);
+    // Clean-up changes what is scored and not what is counted.
+    let wiki = s.path("w.txt");
+    fs::write(&wiki, " = T = \n\n a , b @-@ c \n = U = \n d \n").unwrap();
+    let plain = run(&[&"--text", &wiki, &"--documents", &"wikitext"]);
+    let clean = run(&[&"--text", &wiki, &"--documents", &"wikitext", &"--detokenize", &"wikitext"]);
+    assert_eq!(plain["documents"], 2);
+    assert!(clean["tokens"].as_u64() < plain["tokens"].as_u64());
+    assert_eq!((&clean["words"], &clean["bytes"]), (&plain["words"], &plain["bytes"]));
+}
+
+#[test]
+fn several_sources_have_an_arithmetic_mean() {
+    let s = Setup::new();
+    let (a, b) = (s.path("a.txt"), s.path("b.txt"));
+    fs::write(&a, "some text ".repeat(30)).unwrap();
+    fs::write(&b, "ÄÖÜ".repeat(40)).unwrap();
+    let run = |texts: &[&dyn AsRef<std::ffi::OsStr>]| {
+        let args: [&dyn AsRef<std::ffi::OsStr>; 8] =
+            [&"perplexity", &s.model, &"--mode", &"blocks", &"--context", &"32", &"--json", &"-"];
+        json(&eval(&[&args[..], texts].concat()))
+    };
+    let (one, two, both) =
+        (run(&[&"--text", &a]), run(&[&"--text", &b]), run(&[&"--text", &a, &"--text", &b]));
+    let ppl = |v: &serde_json::Value| v["perplexity"].as_f64().unwrap();
+    assert_eq!(one["tokens"], 300 / 32 * 31);
+    assert_eq!(both["sources"][0]["nats"], one["nats"]);
+    assert_eq!(both["sources"][1]["perplexity"], two["perplexity"]);
+    assert!((ppl(&both["mean"]) - (ppl(&one) + ppl(&two)) / 2.0).abs() < 1e-9);
+    assert!(one["perplexity_stderr"].as_f64().unwrap() > 0.0);
+    // On the terminal each source and the mean.
+    let output =
+        eval(&[&"perplexity", &s.model, &"--text", &a, &"--text", &b, &"--context", &"32"]);
+    let table = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(table.contains("mean of 2 sources") && table.matches("word perplexity").count() == 3);
 }
 
 #[test]
@@ -257,6 +422,31 @@ fn bad_usage_and_bad_files_are_told_apart() {
             "stride 128",
         ),
         (vec![&"perplexity", &model, &"--data", &data, &"--mode", &"median"], 2, "median"),
+        (
+            vec![&"perplexity", &model, &"--data", &data, &"--detokenize", &"wikitext"],
+            2,
+            "--detokenize is for",
+        ),
+        (
+            vec![&"perplexity", &model, &"--text", &text, &"--documents", &"file"],
+            2,
+            "--documents is for --mode rolling, not windows",
+        ),
+        (
+            vec![
+                &"perplexity",
+                &model,
+                &"--text",
+                &text,
+                &"--mode",
+                &"rolling",
+                &"--documents",
+                &"pages",
+            ],
+            2,
+            "`pages` is none of file",
+        ),
+        (vec![&"perplexity", &model, &"--text", &short, &"--mode", &"blocks"], 3, "at least 128"),
         (vec![&"perplexity", &model, &"--data", &data, &"--kv", &"f8"], 2, "f8"),
         (vec![&"perplexity", &model, &"--data", &data, &"--threads", &"0"], 2, "threads"),
         (vec![&"perplexity", &model, &"--data", &data, &"--frobnicate"], 2, "--frobnicate"),

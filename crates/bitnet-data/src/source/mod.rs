@@ -8,6 +8,7 @@ mod files;
 pub(crate) mod jsonl;
 mod parquet;
 mod queue;
+mod rows;
 mod text;
 
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use sha2::{Digest, Sha256};
 use crate::error::DataError;
 use crate::hash::hex;
 use jsonl::Compression;
+pub use rows::{Row, read_rows};
 pub use text::TextSplit;
 
 /// One piece of text that is trained on, split and counted as a whole.

@@ -101,7 +101,9 @@ thread_local! {
 
 /// The reader of the parquet crate asserts what a well-formed file promises; a
 /// damaged one must end in an error all the same, and without a backtrace.
-fn guarded<T>(read: impl FnOnce() -> Result<T, ParquetError>) -> Result<T, ParquetError> {
+pub(super) fn guarded<T>(
+    read: impl FnOnce() -> Result<T, ParquetError>,
+) -> Result<T, ParquetError> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {
         let usual = take_hook();

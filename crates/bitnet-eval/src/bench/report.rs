@@ -8,6 +8,7 @@ use super::limits::{Kind, Probe};
 use super::{
     BenchOptions, Hidden, Loaded, Run, Spread, Test, TokenBytes, int8_operations, peak_rss_bytes,
 };
+use crate::energy::EnergyReport;
 
 /// All results; the keys are stable.
 #[derive(Debug, Clone, Serialize)]
@@ -22,6 +23,9 @@ pub struct Report {
     pub results: Vec<Row>,
     /// What the machine can do.
     pub limits: Limits,
+    /// The counters of energy, where they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub energy: Option<EnergyReport>,
 }
 
 /// A model, and what opening it took.
@@ -90,6 +94,9 @@ pub struct Row {
     pub share_refined: Option<f64>,
     /// The mean share of rows that a search scored exactly.
     pub share_scored: Option<f64>,
+    /// Energy above that of the idle machine, in joules per token of a `pp` or `tg`
+    /// test; none where it was not measured.
+    pub joules_per_token: Option<f64>,
     /// The most memory the process has used; none where the system does not tell.
     pub peak_rss_bytes: Option<u64>,
 }
@@ -177,6 +184,7 @@ impl Report {
         probes: &[Probe],
         runs: &[Run<'_>],
         options: &BenchOptions,
+        energy: Option<EnergyReport>,
     ) -> Self {
         let limits = |int8: bool| {
             let of_kind = probes.iter().filter(|p| (p.kind == Kind::Int8) == int8);
@@ -185,7 +193,7 @@ impl Report {
         let limits = Limits { read: limits(false), int8: limits(true) };
         let (kv, head) = (options.session.kv.name(), options.session.head.name());
         let results = runs.iter().flat_map(|run| rows(run, &limits)).collect();
-        Self { kv, head, results, limits, models }
+        Self { kv, head, results, limits, models, energy }
     }
 }
 
@@ -202,15 +210,16 @@ fn rows(run: &Run<'_>, limits: &Limits) -> Vec<Row> {
     };
     let head = median(head_test(run.session.head()));
     let (products, stored) = (median(Test::Ternary).zip(head), median(Test::Head));
-    let row = |(test, speeds): &(Test, Vec<f64>)| {
+    let row = |((test, speeds), joules): (&(Test, Vec<f64>), &Vec<f64>)| {
         let products = products.filter(|_| matches!(test, Test::Generate(_)));
         let outside = |speed: f64| products.map(|(a, b)| 1.0 - speed * (1.0 / a + 1.0 / b));
         let row = row(run, *test, Spread::of(speeds), limits, outside);
         let speedup = |stored| row.tokens_per_second / stored;
         let scan = matches!(test, Test::Scan(..));
-        Row { head_speedup: stored.filter(|_| scan).map(speedup), ..row }
+        let joules_per_token = (!joules.is_empty()).then(|| Spread::of(joules).median);
+        Row { head_speedup: stored.filter(|_| scan).map(speedup), joules_per_token, ..row }
     };
-    run.speeds.iter().map(row).collect()
+    run.speeds.iter().zip(&run.joules).map(row).collect()
 }
 
 /// The test that measures a head alone.
@@ -262,6 +271,7 @@ fn row(
             full + share_of_rows(c.refined, c, model)
         }),
         share_scored: counts.map(|c| share_of_rows(c.scored, c, model)),
+        joules_per_token: None,
         peak_rss_bytes: peak_rss_bytes(),
     }
 }
@@ -284,7 +294,23 @@ impl Report {
         for model in &self.models {
             text += &self.model_part(model);
         }
-        text + &self.memory()
+        text + &self.energy() + &self.memory()
+    }
+
+    /// Joules of the tokens, or why there are none; nothing where they were not asked
+    /// for.
+    fn energy(&self) -> String {
+        let Some(energy) = &self.energy else { return String::new() };
+        let mut text = format!("{energy}\n");
+        for row in &self.results {
+            let Some(joules) = row.joules_per_token else { continue };
+            let (test, isa, threads) = (&row.test, row.isa, row.threads);
+            text += &format!(
+                "  {test:14}  {isa:10}  {threads:7}  {joules:10.4} J a token  {}\n",
+                row.model
+            );
+        }
+        text
     }
 
     fn model_part(&self, model: &ModelInfo) -> String {

@@ -6,7 +6,7 @@ use std::time::Instant;
 /// Runs `job` on `0..count`, whoever is free taking the next number, and returns
 /// the seconds from when all threads stand ready until the last is done. Each
 /// thread has a scratch value of its own.
-pub(super) fn share_out<T>(
+pub(crate) fn share_out<T>(
     threads: usize,
     count: usize,
     scratch: impl Fn() -> T + Sync,

@@ -157,20 +157,21 @@ pub struct Temporary {
     pub bytes: u64,
 }
 
-/// Packs `source` as an export without options does, into a file without a name
-/// in the folder for temporary files. `layout` is that of the ternary matrices;
-/// `step` gets parameters done and in all.
+/// Packs `source` as an export does, into a file without a name in the folder for
+/// temporary files. `layout` is that of the ternary matrices, `dense` the type of a
+/// float model's; `step` gets parameters done and in all.
 ///
 /// # Errors
 /// A model that cannot be read, a disk that is full.
 pub fn pack_temporary(
     source: &dyn Source,
     layout: LayoutChoice,
+    dense: DenseType,
     step: &mut dyn FnMut(u64, u64),
 ) -> Result<Temporary, PackError> {
     let facts = source.facts();
     let tokenizer = tokenizer(facts)?;
-    let form = Plan::packed_form(&facts.config, DenseType::Auto, facts.linear_form());
+    let form = Plan::packed_form(&facts.config, dense, facts.linear_form());
     let plan = Plan::new(&facts.config, layout.resolve(&facts.config).0, form);
     let keys = Keys::of(facts, &facts.name, golden(facts, form), &tokenizer);
     let folder = std::env::temp_dir();

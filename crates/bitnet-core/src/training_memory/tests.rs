@@ -1,45 +1,54 @@
-use bitnet_core::quantizer::ActivationRecipe;
-
 use super::*;
-use crate::config::tests::small;
+use crate::quantizer::ActivationRecipe;
+
+/// Two micro-steps of two sequences of the tiny model.
+fn small() -> TrainingShape {
+    TrainingShape {
+        model: ModelConfig::tiny(),
+        micro_batch: 2,
+        sequence: 32,
+        micro_steps: 2,
+        recompute: false,
+        muon: false,
+        blends: false,
+    }
+}
 
 /// Every combination of what the walk distinguishes.
-fn configs() -> Vec<TrainConfig> {
+fn shapes() -> Vec<TrainingShape> {
     let mut all = Vec::new();
     let activations = [ActivationRecipe::Int8, ActivationRecipe::A48, ActivationRecipe::None];
-    for (bits, activations) in (0..128).flat_map(|b| activations.map(|a| (b, a))) {
+    for (bits, activations) in (0..256).flat_map(|b| activations.map(|a| (b, a))) {
         let bit = |i: u32| bits >> i & 1 == 1;
-        let mut config = small(std::path::Path::new("x"));
-        config.model.recipe.activations = activations;
-        config.model.tie_word_embeddings = bit(0);
-        config.model.sub_norms = bit(1);
+        let mut run = small();
+        run.model.recipe.activations = activations;
+        run.model.tie_word_embeddings = bit(0);
+        run.model.sub_norms = bit(1);
         if bit(2) {
-            config.model.weight_quantizer = WeightQuantizer::None;
+            run.model.weight_quantizer = WeightQuantizer::None;
         }
         if bit(3) {
-            config.model.embedding_dtype = Dtype::F32;
+            run.model.embedding_dtype = Dtype::F32;
         }
-        config.batch.recompute = bit(4);
-        if bit(5) {
-            config.optimizer.kind = OptimizerKind::Muon;
-        }
+        run.recompute = bit(4);
+        run.muon = bit(5);
         // One micro-step or two.
-        config.batch.micro_batch = if bit(6) { 4 } else { 2 };
-        all.push(config);
+        (run.micro_batch, run.micro_steps) = if bit(6) { (4, 1) } else { (2, 2) };
+        run.blends = bit(7);
+        all.push(run);
     }
     all
 }
 
 #[test]
 fn all_that_a_step_takes_is_freed() {
-    for config in configs() {
+    for run in shapes() {
         let mut ledger = Ledger::default();
-        Walk::new(&config).run(&mut ledger);
-        let count = config.model.parameter_count();
-        let muon = config.optimizer.kind == OptimizerKind::Muon;
-        let state = if muon { 2 * count.total() - count.linear } else { 2 * count.total() };
+        Walk::new(&run).run(&mut ledger);
+        let count = run.model.parameter_count();
+        let state = if run.muon { 2 * count.total() - count.linear } else { 2 * count.total() };
         let left = Parts { weights: 4 * count.total(), optimizer: 4 * state, ..Parts::default() };
-        assert_eq!(ledger.live, left, "{:?} {:?}", config.model, config.batch);
+        assert_eq!(ledger.live, left, "{run:?}");
         assert!(ledger.peak.total() < 100 << 20, "{:?}", ledger.peak);
     }
 }
@@ -48,8 +57,8 @@ fn all_that_a_step_takes_is_freed() {
 /// K = 2, C = 16), 64 tokens.
 #[test]
 fn a_block_saves_what_its_operations_save() {
-    let config = small(std::path::Path::new("x"));
-    let walk = Walk::new(&config);
+    let run = small();
+    let walk = Walk::new(&run);
     let mut ledger = Ledger::default();
     walk.block_forward(&mut ledger, true);
     // f32 a token: q 64, k and v 32 each, both sub-norms' inputs 64 and 160, the
@@ -70,15 +79,12 @@ fn a_block_saves_what_its_operations_save() {
 
 #[test]
 fn recomputation_and_smaller_batches_need_less() {
-    let mut config = small(std::path::Path::new("x"));
-    config.model.num_hidden_layers = 8;
-    config.batch.tokens = 4096;
-    config.batch.micro_batch = 32;
-    let total = |c: &TrainConfig| tensors(c).0.total();
-    let mut recompute = config.clone();
-    recompute.batch.recompute = true;
-    assert!(2 * total(&recompute) < total(&config));
-    let mut smaller = config.clone();
-    smaller.batch.micro_batch = 16;
-    assert!(total(&smaller) < total(&config));
+    let mut run = small();
+    run.model.num_hidden_layers = 8;
+    (run.micro_batch, run.micro_steps) = (32, 4);
+    let total = |run: &TrainingShape| tensors(run).0.total();
+    let recompute = TrainingShape { recompute: true, ..run.clone() };
+    assert!(2 * total(&recompute) < total(&run));
+    let smaller = TrainingShape { micro_batch: 16, micro_steps: 8, ..run.clone() };
+    assert!(total(&smaller) < total(&run));
 }

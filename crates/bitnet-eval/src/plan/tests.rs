@@ -1,0 +1,209 @@
+use bitnet_core::{Layout, WeightQuantizer};
+
+use super::*;
+
+/// A machine with round numbers.
+fn machine(threads: usize) -> Rates {
+    let product = ProductRate { cached_gb_per_second: 100.0, panel_gmac_per_second: 500.0 };
+    Rates {
+        isa: "x",
+        threads,
+        read: vec![ReadRate { bytes: 0, gb_per_second: 20.0 }],
+        int8_gop_per_second: 1600.0,
+        linear: product,
+        head: product,
+        attention_gmac_per_second: 50.0,
+        attention_panel_gmac_per_second: 80.0,
+        norm_ns: 0.5,
+        gate_ns: 1.0,
+        norm_panel_ns: 0.25,
+        gate_panel_ns: 0.5,
+        float_gflop_per_second: 100.0,
+    }
+}
+
+/// The shape of configs/2b4t.toml.
+fn two_b() -> ModelConfig {
+    ModelConfig {
+        hidden_size: 2560,
+        intermediate_size: 6912,
+        num_hidden_layers: 30,
+        num_attention_heads: 20,
+        num_key_value_heads: 5,
+        vocab_size: 128_256,
+        max_position_embeddings: 4096,
+        ..ModelConfig::tiny()
+    }
+}
+
+fn options() -> PlanOptions {
+    PlanOptions {
+        form: None,
+        kv: KvType::F32,
+        context: None,
+        sequences: 1,
+        prompt: 512,
+        generate: 32,
+        train_tokens: None,
+        flops: None,
+        bandwidth: None,
+        int8_peak: None,
+        target_decode: None,
+    }
+}
+
+fn subject(config: ModelConfig) -> Subject {
+    Subject { name: "x".into(), config, file: None, training: None }
+}
+
+fn planned(subject: &Subject, options: &PlanOptions) -> Plan {
+    let form = check(subject, options).unwrap();
+    with_rates(subject, form, Kernels::detect(), machine(2), options)
+}
+
+/// The bytes of experiments/0003-sizes' file of 2B4T in layout p5, which are known.
+#[test]
+fn a_file_has_the_bytes_of_its_parts() {
+    let files = FileBytes::of(&two_b(), Form::Ternary(Layout::P5));
+    // q, o: 2560 rows of 8 blocks; k, v: 640; gate, up: 6912; down: 2560 rows of 22.
+    let blocks = 2 * 2560 * 8 + 2 * 640 * 8 + 2 * 6912 * 8 + 2560 * 22;
+    assert_eq!(files.linear, 30 * (blocks * 64 + 7 * 64));
+    assert_eq!((files.embedding, files.head), (128_256 * 2560 * 2, 0));
+    let error = files.total() as f64 / 1_080_092_224.0 - 1.0;
+    assert!(error.abs() < 0.01, "{error}");
+}
+
+#[test]
+fn a_token_reads_its_weights_and_computes_with_some_arithmetic_hidden() {
+    let config = two_b();
+    let linear = Form::Ternary(Layout::P2);
+    let shape = Shape { config: &config, linear, kv_bytes: 4.0 };
+    let time = shape.decode(&machine(1), 0.0);
+    let block = 2560 * 640 * 2 + 640 * 640 * 2 + 6912 * 640 * 2 + 2560 * 1728;
+    let bytes = f64::from(30 * block);
+    let expected = bytes / 20e9 + 0.5 * bytes / 100e9;
+    assert!((time.linear / expected - 1.0).abs() < 1e-12, "{time:?}");
+    assert!((time.head / (656_670_720.0 * (1.0 / 20e9 + 0.5 / 100e9)) - 1.0).abs() < 1e-12);
+    // 30 layers of 5 heads' keys and values, a microsecond each.
+    assert!((time.attention / 300e-6 - 1.0).abs() < 1e-9 && time.threads == 0.0);
+    // 4096 positions of 2 · 30 · 640 f32 are read, 2 · 30 · 2560 products each made.
+    let full = shape.decode(&machine(1), 4096.0);
+    let expected = 300e-6 + 4096.0 * (38_400.0 * 4.0 / 20e9 + 153_600.0 / 50e9);
+    assert!((full.attention / expected - 1.0).abs() < 1e-12, "{full:?}");
+    assert!(shape.decode(&machine(2), 0.0).threads > 0.0);
+    let prefill = shape.prefill(&machine(2), 512);
+    assert!(prefill.total() < time.total() / 4.0);
+}
+
+#[test]
+fn slower_memory_and_slower_arithmetic_make_slower_tokens() {
+    let config = two_b();
+    let shape = Shape { config: &config, linear: Form::Ternary(Layout::P5), kv_bytes: 2.0 };
+    let decode = |rates: &Rates| shape.decode(rates, 100.0).per_second();
+    let prefill = |rates: &Rates| shape.prefill(rates, 512).per_second();
+    let (base, slow) = (machine(2), machine(2).with_bandwidth(10.0));
+    assert!(decode(&slow) < 0.65 * decode(&base));
+    let weak = machine(2).with_int8_peak(800.0);
+    assert!((prefill(&weak) / prefill(&base) - 0.5).abs() < 0.1);
+}
+
+#[test]
+fn a_plan_answers_for_every_form() {
+    let ternary = subject(two_b());
+    let plan = planned(&ternary, &options());
+    assert_eq!(plan.form.name(), "p5");
+    assert_eq!(plan.files.iter().map(|f| f.form.name()).collect::<Vec<_>>(), ["p2", "p5"]);
+    assert_eq!(plan.run.parts.kv_cache, KvType::F32.bytes(&two_b(), 4096));
+    assert!(plan.run.bytes > plan.files[1].bytes && plan.training.is_none());
+    let config = ModelConfig { weight_quantizer: WeightQuantizer::None, ..two_b() };
+    let form = Form::from_name("int4");
+    let twin = planned(&subject(config), &PlanOptions { form, ..options() });
+    assert_eq!(twin.form.name(), "int4");
+    assert_eq!(twin.files.len(), 4);
+    let file = |name: &str| {
+        let found = twin.files.iter().find(|f| f.form.name() == name);
+        found.unwrap().parts.linear
+    };
+    assert_eq!((file("f32"), file("f16") * 32), (2 * file("f16"), file("int8") * 2 * 32 * 32 / 34));
+    let four = PlanOptions { sequences: 4, context: Some(100), ..options() };
+    let four = planned(&ternary, &four);
+    assert_eq!(four.run.parts.kv_cache, 4 * KvType::F32.bytes(&two_b(), 100));
+    let table = plan.table() + &twin.table();
+    for line in table.lines() {
+        assert!(line.chars().count() <= 100, "{line}");
+    }
+    for words in ["packed file", "p5*", "int4*", "memory of 1 sequence", "prefill 512", "behind"] {
+        assert!(table.contains(words), "{words}: {table}");
+    }
+}
+
+#[test]
+fn training_is_planned_as_the_config_says() {
+    let mut subject = subject(ModelConfig::tiny());
+    let training = Training {
+        batch_tokens: 512,
+        sequence: 64,
+        micro_batch: Some(2),
+        recompute: false,
+        muon: false,
+        blends: false,
+        tokens: 1_000_000,
+    };
+    subject.training = Some(training.clone());
+    let small = PlanOptions { prompt: 64, ..options() };
+    let t = planned(&subject, &small).training.unwrap();
+    let count = ModelConfig::tiny().parameter_count();
+    assert_eq!(t.checkpoint_weights_bytes, 4 * count.total());
+    assert_eq!(t.checkpoint_optimizer_bytes, 8 * count.total());
+    assert_eq!(t.memory.weights, 4 * count.total());
+    // 6 for each weight of 43 008 · 2 and of the head, 6 · L · H·C · T for attention.
+    let flop = 6.0 * (86_016.0 + 320.0 * 64.0) + 6.0 * 2.0 * 64.0 * 64.0;
+    assert_eq!(t.flop_per_token, flop);
+    assert!((t.seconds / (1e6 * flop / 100e9) - 1.0).abs() < 1e-12 && !t.stated);
+    let stated = PlanOptions { flops: Some(1e12), train_tokens: Some(10), ..small.clone() };
+    let stated = planned(&subject, &stated).training.unwrap();
+    assert!((stated.seconds / (10.0 * flop / 1e12) - 1.0).abs() < 1e-12 && stated.stated);
+    // As many sequences as fit: all eight.
+    subject.training = Some(Training { micro_batch: None, muon: true, ..training });
+    let auto = planned(&subject, &small);
+    let t = auto.training.as_ref().unwrap();
+    assert_eq!(t.micro_batch, 8);
+    assert_eq!(t.checkpoint_optimizer_bytes, 8 * count.total() - 4 * count.linear);
+    assert!(auto.table().contains("training, 8 sequences at once"));
+}
+
+#[test]
+fn the_largest_model_keeps_the_target() {
+    let options = PlanOptions { target_decode: Some(10.0), ..options() };
+    let plan = planned(&subject(two_b()), &options);
+    let largest = plan.largest.as_ref().unwrap();
+    assert!(largest.tokens_per_second >= 10.0 && largest.parameters > 2_500_000_000);
+    assert!(plan.table().contains("at 10.0 tokens/s or more"));
+    let fast = PlanOptions { target_decode: Some(1e7), ..options };
+    let table = planned(&subject(two_b()), &fast).table();
+    assert!(table.contains("the smallest is too slow"), "{table}");
+}
+
+#[test]
+fn numbers_that_are_none_are_refused() {
+    let message = |change: fn(&mut PlanOptions)| {
+        let mut options = options();
+        change(&mut options);
+        check(&subject(two_b()), &options).unwrap_err().to_string()
+    };
+    for (change, text) in [
+        ((|o| o.context = Some(5000)) as fn(&mut PlanOptions), "--context 5000: 1 to the context"),
+        (|o| o.prompt = 0, "--prompt 0: "),
+        (|o| o.sequences = 0, "--batch 0: "),
+        (|o| o.bandwidth = Some(-1.0), "--bandwidth -1: "),
+        (|o| o.flops = Some(f64::NAN), "--flops NaN: "),
+        (|o| o.target_decode = Some(0.0), "--target-decode 0: "),
+        (
+            |o| o.form = Form::from_name("int8"),
+            "--form int8: linear layers of this model can be p2",
+        ),
+    ] {
+        let found = message(change);
+        assert!(found.starts_with(text), "{found}");
+    }
+}
