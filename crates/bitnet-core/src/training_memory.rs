@@ -9,6 +9,10 @@
 //! measured peaks. A teacher's weights and activations are not in it: its shape is in
 //! its own folder.
 
+mod fused;
+
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use crate::names::{Linear, Norm};
@@ -85,6 +89,8 @@ struct Ledger {
     peak: Parts,
     moment: &'static str,
     peak_moment: &'static str,
+    /// Buffers that wait to be used again, by size: they stay live.
+    waiting: BTreeMap<u64, (Part, usize)>,
 }
 
 type Part = fn(&mut Parts) -> &mut u64;
@@ -106,6 +112,27 @@ impl Ledger {
 
     fn free(&mut self, part: Part, bytes: u64) {
         *part(&mut self.live) -= bytes;
+    }
+
+    /// Takes a buffer that waits, or makes one.
+    fn take(&mut self, part: Part, bytes: u64) {
+        match self.waiting.get_mut(&bytes) {
+            Some((of, count)) if *count > 0 => {
+                *count -= 1;
+                let of = *of;
+                *of(&mut self.live) -= bytes;
+                *part(&mut self.live) += bytes;
+            }
+            _ => self.hold(part, bytes),
+        }
+    }
+
+    /// Lets a buffer wait to be used again.
+    fn give(&mut self, part: Part, bytes: u64) {
+        let (of, count) = self.waiting.entry(bytes).or_insert((part, 0));
+        *part(&mut self.live) -= bytes;
+        *of(&mut self.live) += bytes;
+        *count += 1;
     }
 
     fn briefly(&mut self, part: Part, bytes: u64) {
@@ -412,6 +439,9 @@ impl<'c> Walk<'c> {
     /// The input `[N, D]` is held before; after it the output is too, and, where it
     /// is `tracked`, all that the block saves.
     fn block_forward(&self, l: &mut Ledger, tracked: bool) {
+        if self.is_fused() {
+            return self.fused_forward(l, tracked);
+        }
         let hidden = self.rows(self.d);
         let norms = Norm::of(self.model).len() as u64 * self.rows(1);
         if tracked {
@@ -455,6 +485,9 @@ impl<'c> Walk<'c> {
     /// The reverse of [`Self::block_forward`]: the gradient of the output is held
     /// before, that of the input after it.
     fn block_backward(&self, l: &mut Ledger) {
+        if self.is_fused() {
+            return self.fused_backward(l);
+        }
         let hidden = self.rows(self.d);
         let (gate, qkv) = (2 * self.rows(self.f), self.rows(self.q + 2 * self.kv));
         let input = if self.keeps_input(Linear::Q) { hidden } else { 0 };
@@ -499,26 +532,36 @@ impl<'c> Walk<'c> {
     /// the stored head is held before. Leaves them and the last block's output.
     fn loss(&self, l: &mut Ledger, tracked: bool) {
         /// Tokens of a round of the cross-entropy.
-        const ROUND: u64 = 512;
+        const ROUND: u64 = 576;
         let round = self.n.min(ROUND);
-        let table = F32 * self.table;
-        l.hold(ACTIVATIONS, self.rows(self.d));
-        if tracked {
-            l.hold(HEAD, self.rows(self.d) + table);
-        }
+        let (table, hidden) = (F32 * self.table, self.rows(self.d));
+        let turned = F32 * self.d * self.vocab.next_multiple_of(16);
         let logits = F32 * round * self.vocab;
-        l.hold(HEAD, logits);
+        l.hold(ACTIVATIONS, hidden);
+        l.take(HEAD, turned);
         if tracked {
-            l.briefly(HEAD, F32 * round * self.d + table);
+            l.take(HEAD, table);
+            // Its gradients, which wait for the backward pass.
+            l.take(HEAD, hidden);
+            l.take(HEAD, table);
         }
-        l.free(HEAD, logits);
-        l.free(ACTIVATIONS, self.rows(self.d));
+        l.take(HEAD, logits);
+        if tracked {
+            l.take(HEAD, F32 * round * self.d);
+            l.give(HEAD, F32 * round * self.d);
+            l.give(HEAD, table);
+        }
+        l.give(HEAD, logits);
+        l.give(HEAD, turned);
+        l.free(ACTIVATIONS, hidden);
     }
 
     /// Both gradients are copied, times that of the loss; then the last norm's.
     fn loss_backward(&self, l: &mut Ledger) {
         let (hidden, table) = (self.rows(self.d), F32 * self.table);
-        l.briefly(HEAD, hidden + table);
+        l.hold(HEAD, hidden + table);
+        l.give(HEAD, hidden);
+        l.give(HEAD, table);
         // The gradient of the last block's output takes that output's place.
         l.briefly(ACTIVATIONS, hidden);
         l.free(HEAD, hidden);
