@@ -453,10 +453,10 @@ fn tile<S: Simd, const R: usize>(
             array!(2, v => if add { isa.load_f32(&row[v]) } else { isa.splat(0.0) })
         });
         let sums = chain_of::<S, R, 2, 2>(isa, left, depth, panel, 0, start);
-        for r in 0..R {
+        for (r, sums) in sums.into_iter().enumerate() {
             let row = out.row(row + r)[col..col + PANEL].as_chunks_mut::<UNIT>().0;
-            for v in 0..2 {
-                row[v] = isa.floats(sums[r][v]);
+            for (to, sum) in row.iter_mut().zip(sums) {
+                *to = isa.floats(sum);
             }
         }
         return;
@@ -467,8 +467,8 @@ fn tile<S: Simd, const R: usize>(
             2 => chain_of::<S, R, 1, 2>(isa, left, depth, panel, v, start),
             _ => chain_of::<S, R, 1, 1>(isa, left, depth, panel, v, start),
         };
-        for r in 0..R {
-            store(isa, out, row + r, col, own, v, sums[r][0]);
+        for (r, [sum]) in sums.into_iter().enumerate() {
+            store(isa, out, row + r, col, own, v, sum);
         }
     }
 }
@@ -571,10 +571,10 @@ fn chain<S: Simd, const R: usize, const V: usize, const W: usize>(
     let mut sums = start;
     for (k, b) in panel.iter().enumerate() {
         let b = array!(V, v => isa.load_f32(&b[from + v].0));
-        for r in 0..R {
+        for (r, sums) in sums.iter_mut().enumerate() {
             let x = isa.splat(element(r, k));
-            for v in 0..V {
-                sums[r][v] = isa.fma(sums[r][v], x, b[v]);
+            for (sum, &b) in sums.iter_mut().zip(&b) {
+                *sum = isa.fma(*sum, x, b);
             }
         }
     }

@@ -186,6 +186,52 @@ impl FeedForward {
     }
 }
 
+/// The layers as the backward pass multiplies them.
+struct Layers<'a> {
+    /// Gate and up, where they are computed again.
+    again: Option<Forward<'a>>,
+    gate_up: Backward<'a>,
+    down: Backward<'a>,
+}
+
+/// The tokens from `first` on, on their way back.
+struct ChunkBackward<'a> {
+    first: usize,
+    /// Input, and the gradient of the output, `[tokens, D]`.
+    x: &'a [f32],
+    grad: &'a [f32],
+    /// Become the gradient of the input, and of gate and up, `[tokens, 2F]`.
+    dx: &'a mut [f32],
+    inner: &'a mut [f32],
+}
+
+impl FeedForward {
+    /// Writes the chunk's gradients; returns its shares in those of the two norms'
+    /// weights. One thread.
+    fn chunk_backward(
+        &self,
+        s: &Saved,
+        layers: &Layers<'_>,
+        ChunkBackward { first, x, grad, dx, inner }: ChunkBackward<'_>,
+    ) -> (Vec<f32>, Vec<f32>) {
+        let (hidden, width) = (self.hidden, s.weights[0].rows());
+        let tokens = first..first + grad.len() / hidden;
+        match (&s.gate_up, &layers.again) {
+            (Some(kept), _) => inner.copy_from_slice(&kept[first * 2 * width..][..inner.len()]),
+            (None, Some(again)) => again.chunk(s.h.tokens(hidden, tokens), inner),
+            (None, None) => unreachable!("gate and up are kept or computed again"),
+        }
+        let mut dinner = Scratch::any(inner.len() / 2);
+        layers.down.chunk(grad, &mut dinner);
+        let sub_norm = s.sub_norm.as_ref().map(Buffer::data);
+        let dsub = self.inner_backward(inner, sub_norm, &dinner, width);
+        let mut dh = Scratch::any(grad.len());
+        layers.gate_up.chunk(inner, &mut dh);
+        let (weight, eps) = (s.norm.data(), self.recipe.eps);
+        (norm::backward_chunk(x, weight, eps, &dh, Some(grad), dx), dsub)
+    }
+}
+
 impl<const N: usize> CpuOp<N> for FeedForward {
     type Saved = Saved;
 
@@ -243,12 +289,14 @@ impl<const N: usize> CpuOp<N> for FeedForward {
 
     fn backward(&self, saved: &Saved, grad: &[f32], wanted: [bool; N]) -> [Option<Vec<f32>>; N] {
         let s = saved;
-        let LayerRecipe { linear, output, eps } = self.recipe;
+        let LayerRecipe { linear, output, .. } = self.recipe;
         let (hidden, width) = (self.hidden, s.weights[0].rows());
-        let second = s.sub_norm.as_ref().map(Buffer::data);
         let (gate_up, down) = (s.weights.each_ref(), [&s.down]);
-        let (again, back, back_down) =
-            (Forward::new(&gate_up), Backward::new(&gate_up, linear), Backward::new(&down, output));
+        let layers = Layers {
+            again: s.gate_up.is_none().then(|| Forward::new(&gate_up)),
+            gate_up: Backward::new(&gate_up, linear),
+            down: Backward::new(&down, output),
+        };
         let (mut dgate_up, mut ddown) =
             (products::gradients_of(&gate_up), products::gradients_of(&down));
         let mut dx = Scratch::any(grad.len());
@@ -261,33 +309,16 @@ impl<const N: usize> CpuOp<N> for FeedForward {
             let (first, tokens) = (round * ROUND, grad.len() / hidden);
             let mut inner_grad = Scratch::any(tokens * 2 * width);
             let x = &s.x.data()[first * hidden..][..grad.len()];
-            let task = |(i, ((dx, grad), (x, inner))): (
-                usize,
-                ((&mut [f32], &[f32]), (&[f32], &mut [f32])),
-            )| {
-                let first = first + i * CHUNK;
-                let range = first..first + grad.len() / hidden;
-                match &s.gate_up {
-                    Some(kept) => {
-                        inner.copy_from_slice(&kept[first * 2 * width..][..inner.len()]);
-                    }
-                    None => again.chunk(s.h.tokens(hidden, range), inner),
-                }
-                let mut dinner = Scratch::any(inner.len() / 2);
-                back_down.chunk(grad, &mut dinner);
-                let dsub = self.inner_backward(inner, second, &dinner, width);
-                let mut dh = Scratch::any(grad.len());
-                back.chunk(inner, &mut dh);
-                let dnorm = norm::backward_chunk(x, s.norm.data(), eps, &dh, Some(grad), dx);
-                (dnorm, dsub)
-            };
             let parts: Vec<(Vec<f32>, Vec<f32>)> = dx
                 .par_chunks_mut(own)
                 .zip(grad.par_chunks(own))
                 .zip(x.par_chunks(own).zip(inner_grad.par_chunks_mut(CHUNK * 2 * width)))
                 .enumerate()
                 .with_max_len(1)
-                .map(task)
+                .map(|(i, ((dx, grad), (x, inner)))| {
+                    let chunk = ChunkBackward { first: first + i * CHUNK, x, grad, dx, inner };
+                    self.chunk_backward(s, &layers, chunk)
+                })
                 .collect();
             partials.extend(parts);
             drop(span);
@@ -313,7 +344,7 @@ impl<const N: usize> CpuOp<N> for FeedForward {
         let mut all = vec![dx.into_vec(), sum_in_order(dnorms)];
         all.append(&mut dgate_up);
         all.append(&mut ddown);
-        all.extend(second.map(|_| sum_in_order(dsubs)));
+        all.extend(s.sub_norm.as_ref().map(|_| sum_in_order(dsubs)));
         let mut all = all.into_iter().zip(wanted).map(|(grad, wanted)| wanted.then_some(grad));
         std::array::from_fn(|_| all.next().flatten())
     }

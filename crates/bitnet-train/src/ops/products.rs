@@ -204,8 +204,8 @@ impl Input {
         if !int8 {
             return Self::Float(Scratch::any(tokens * cols));
         }
-        let mut out = QuantizedTokens::default();
-        out.q = Scratch::any(tokens * QuantizedTokens::stride(cols)).into_vec();
+        let q = Scratch::any(tokens * QuantizedTokens::stride(cols)).into_vec();
+        let mut out = QuantizedTokens { q, ..QuantizedTokens::default() };
         out.resize(tokens, cols);
         Self::Int8(out)
     }
