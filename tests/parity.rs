@@ -100,6 +100,9 @@ fn check(model: &Trained) {
         let (config, train) = transformer(model, &device);
         let (layers, logits) = train_pass(&train, as_tensor(&tokens, &device));
         assert_eq!(layers.len(), 7 * config.num_hidden_layers);
+        // Training itself runs each half of a block as one operation.
+        let fused = train.forward(as_tensor(&tokens, &device));
+        assert_same_bits("fused logits", &floats(fused.flatten(0, 1)), &logits);
         for kernels in Kernels::all() {
             let mut session = engine(model, kernels, 2);
             let (run_layers, run_logits) = engine_pass(&mut session, &tokens);

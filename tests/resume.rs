@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use bitnet_kernels::Kernels;
 use bitnet_tests::{bin, ok, prepare, train};
 use serde_json::Value;
 
@@ -128,4 +129,28 @@ fn a_model_that_cannot_be_trained_stops_with_the_step() {
     assert!(message.contains("step"), "{message}");
     let inspect = bin("bitnet-data").arg("inspect").arg(&data).output().unwrap();
     assert!(inspect.status.success());
+}
+
+/// Forward and backward pass, loss and optimizer give the same bits on every
+/// instruction set of this machine: what one machine trained, another trains again.
+#[test]
+fn every_instruction_set_trains_the_same_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    prepare(&data);
+    let mut runs = Vec::new();
+    for kernels in Kernels::all() {
+        let run = folder.path().join(kernels.name());
+        let mut command = train(&data, &run, 4);
+        // Little to do: portable code computes fused multiply-adds one by one.
+        command.args(["--set", "eval.windows=1", "--set", "batch.tokens=512"]);
+        ok(command.env("BITNET_ISA", kernels.name()));
+        runs.push((kernels.name(), losses(&run), newest(&run)));
+    }
+    let (first, others) = runs.split_first().unwrap();
+    assert_eq!(first.1.len(), 4);
+    for (name, losses, state) in others {
+        assert_eq!(*losses, first.1, "losses of {name} and {}", first.0);
+        assert!(*state == first.2, "weights or optimizer of {name} and {}", first.0);
+    }
 }
