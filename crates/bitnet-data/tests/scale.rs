@@ -10,8 +10,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use bitnet_data::{
-    DataError, Dataset, FileOptions, MergeOptions, Part, PrepareOptions, Progress, Source, Split,
-    Tokenizer, merge, prepare,
+    ChatOptions, DataError, Dataset, FileOptions, MergeOptions, Part, PrepareOptions, Progress,
+    Source, Split, Tokenizer, merge, prepare,
 };
 
 /// 600 stories in three files of both kinds; every tenth is a copy, and two are
@@ -194,6 +194,44 @@ fn a_killed_process_leaves_nothing_that_is_taken_for_whole() {
         assert!(run(&output).status().unwrap().success());
         assert_eq!(content(&output), expected, "{moment}");
     }
+}
+
+/// Conversations: what was packed into windows before the interruption stays, masks
+/// and counts included.
+#[test]
+fn an_interrupted_chat_corpus_goes_on_and_ends_in_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = dir.path().join("chats.jsonl");
+    // Of a megabyte each, of which a window keeps the beginning; see `write_large`.
+    let lines: Vec<String> = (0..24)
+        .map(|i| {
+            let answer = format!("Of crow {i}. ").repeat(80_000);
+            let turn =
+                |role: &str, text: &str| serde_json::json!({ "role": role, "content": text });
+            let messages = [turn("user", &format!("What of {i}?")), turn("assistant", &answer)];
+            serde_json::json!({ "messages": messages }).to_string()
+        })
+        .collect();
+    fs::write(&input, lines.join("\n")).unwrap();
+    let tokenizer = Tokenizer::train(&["What of crow 1? Of crow 2. ".repeat(9)], 280).unwrap();
+    let tokenizer_path = dir.path().join("tokenizer.json");
+    fs::write(&tokenizer_path, tokenizer.to_json()).unwrap();
+    let (whole, output) = (dir.path().join("whole"), dir.path().join("out"));
+    let mut o = PrepareOptions::new(Source::Chat { paths: vec![input] }, &whole);
+    o.tokenizer = Some(tokenizer_path);
+    o.validation_share = 0.1;
+    o.shard_tokens = 256;
+    o.chat = Some(ChatOptions { context: 127, template: None });
+    let undisturbed = prepare(&o, &mut ()).unwrap();
+    assert!(undisturbed.manifest.train.shards.len() > 8);
+    o.output = output.clone();
+    let stop = Stop { folder: &output, shards: 3, questions: u32::MAX.into() };
+    let error = prepare(&o, &mut { stop }).unwrap_err();
+    assert!(matches!(error, DataError::Interrupted), "{error}");
+    let again = prepare(&o, &mut ()).unwrap();
+    assert!(again.resumed_shards >= 3, "{}", again.resumed_shards);
+    assert_eq!(again.manifest, undisturbed.manifest);
+    assert_eq!(content(&output), content(&whole));
 }
 
 /// The decoded documents of both splits, sorted.
