@@ -622,6 +622,50 @@ pub(super) fn dequantize(weights: &[f32], cols: usize, scheme: WeightScheme) -> 
 }
 
 #[cfg(test)]
+mod tests {
+    use super::testing::recipes;
+    use super::*;
+    use crate::ops::cpu::testing::random;
+
+    /// Within the rounding of the gradient to int8: half of 1/127 of its largest
+    /// magnitude, times the magnitudes of the weights it meets.
+    #[test]
+    fn int8_gradients_of_inputs_are_near_the_exact_ones() {
+        let (tokens, cols, rows) = (5, 300, [70, 33]);
+        let exact = recipes()[0];
+        let int8 = LinearRecipe { int8_backward: true, ..exact };
+        let masters = [0, 1].map(|i| {
+            let data = random([rows[i], cols], 0.05 * (1 + i) as f32, 3 + i as u64);
+            data.try_to_vec::<f32>().unwrap()
+        });
+        let packed = masters.each_ref().map(|w| pack_weights(&[(w, cols, exact.weights)]));
+        let weights: Vec<Weights> = packed
+            .into_iter()
+            .zip(rows)
+            .map(|(mut packed, rows)| {
+                let (bytes, scale) = packed.pop().unwrap();
+                Weights { rows, cols, kind: WeightsKind::Ternary { bytes, scale } }
+            })
+            .collect();
+        let weights: Vec<&Weights> = weights.iter().collect();
+        // As small as gradients are, and one token without any.
+        let mut grad = random([tokens, 103], 1e-6, 9).try_to_vec::<f32>().unwrap();
+        grad[103..206].fill(0.0);
+        let near = backward_input(&grad, &weights, int8);
+        let right = backward_input(&grad, &weights, exact);
+        assert!(near[cols..2 * cols].iter().all(|&x| x == 0.0));
+        assert_ne!(near[..], right[..]);
+        let scale = weights.iter().map(|w| w.ternary().weight_scale).fold(0.0, f32::max);
+        let bound = 103.0 * 0.5 / 127.0 * 1e-6 * scale;
+        for (near, right) in near.iter().zip(right.iter()) {
+            assert!((near - right).abs() <= bound, "{near} and {right}, bound {bound}");
+        }
+        let size = right.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        assert!(bound < 0.2 * size, "the bound {bound} says something of {size}");
+    }
+}
+
+#[cfg(test)]
 pub(super) mod testing {
     //! The recipes that a fused layer computes.
 
