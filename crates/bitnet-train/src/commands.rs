@@ -8,7 +8,7 @@ use bitnet_format::json::write_json;
 use bitnet_train::bench::{self, BenchOptions};
 use bitnet_train::device::DeviceChoice;
 use bitnet_train::progress::View;
-use bitnet_train::{TrainError, config_file, report, reproduce, sweep};
+use bitnet_train::{TrainError, config_file, report, reproduce, scaling, sweep};
 use clap::Args;
 
 use crate::{coded, on_interrupt};
@@ -102,6 +102,46 @@ impl Report {
         report::write(&self.runs, &self.output).map_err(coded)?;
         eprintln!("wrote {}", self.output.display());
         Ok(())
+    }
+}
+
+/// Show how loss falls with size, and what separates two kinds of model at each size.
+///
+/// Takes finished runs of several sizes, such as those of a sweep, that differ in size,
+/// seed, learning rate and one more key; of each kind and size the best learning rate
+/// counts. Fits L(N) = E + A·N^-α to each kind, with intervals of 95 % from the spread of
+/// the seeds, and prints Markdown tables; with two kinds also their difference, beside
+/// what Spectra's fits (arXiv:2407.12327) give for ternary models and float twins.
+#[derive(Debug, Args)]
+pub(crate) struct Scaling {
+    /// Run folders.
+    #[arg(required = true, value_name = "RUN")]
+    runs: Vec<PathBuf>,
+
+    /// The key of the config that tells the kinds apart.
+    #[arg(long, value_name = "KEY", default_value = "model.weight_quantizer")]
+    by: String,
+
+    /// The kind whose loss is subtracted.
+    #[arg(long, value_name = "VALUE", default_value = "none")]
+    baseline: String,
+
+    /// Draw losses and gap to a file (.png or .svg).
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+
+    /// Write the results as JSON to a file; `-`: to standard output.
+    #[arg(long, value_name = "FILE")]
+    json: Option<String>,
+}
+
+impl Scaling {
+    pub(crate) fn run(&self) -> Result<(), ExitError> {
+        let found = scaling::scaling(&self.runs, &self.by, &self.baseline).map_err(coded)?;
+        if let Some(path) = &self.plot {
+            scaling::draw(&found, path).map_err(coded)?;
+        }
+        show(found.to_string().trim_end(), self.json.as_deref(), &found)
     }
 }
 

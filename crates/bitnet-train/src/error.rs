@@ -86,6 +86,9 @@ pub enum TrainError {
     /// A sweep that asks for runs that cannot be.
     #[error("{0}")]
     Sweep(String),
+    /// Runs that cannot be compared by size.
+    #[error("{0}")]
+    Scaling(String),
     /// A report that could not be made.
     #[error("report: {0}")]
     Report(String),
@@ -167,6 +170,7 @@ impl TrainError {
             | Self::DeviceName { .. }
             | Self::RunFolder { .. }
             | Self::Sweep(_)
+            | Self::Scaling(_)
             | Self::Ranks(_) => Exit::Usage,
             Self::Format(HfError::Write { .. }) => Exit::Failed,
             Self::Checkpoint { .. } | Self::Format(_) | Self::Start(_) | Self::NoRun { .. } => {

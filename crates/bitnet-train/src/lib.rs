@@ -29,6 +29,7 @@ pub mod report;
 pub mod reproduce;
 pub mod run;
 pub mod run_info;
+pub mod scaling;
 pub mod schedule;
 pub mod stage;
 pub mod start;

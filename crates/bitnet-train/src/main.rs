@@ -87,6 +87,7 @@ struct Args {
 enum Command {
     Bench(commands::Bench),
     Report(commands::Report),
+    Scaling(commands::Scaling),
     Sweep(commands::Sweep),
     Reproduce(commands::Reproduce),
 }
@@ -98,7 +99,7 @@ impl Args {
             Some(Command::Bench(bench)) => bench.threads,
             Some(Command::Sweep(sweep)) => sweep.on.threads,
             Some(Command::Reproduce(reproduce)) => reproduce.on.threads,
-            Some(Command::Report(_)) | None => self.threads,
+            Some(Command::Report(_) | Command::Scaling(_)) | None => self.threads,
         }
     }
 }
@@ -130,6 +131,7 @@ fn command(args: &Args) -> Result<(), ExitError> {
     match &args.command {
         Some(Command::Bench(bench)) => bench.run(),
         Some(Command::Report(report)) => report.run(),
+        Some(Command::Scaling(scaling)) => scaling.run(),
         Some(Command::Sweep(sweep)) => sweep.run(),
         Some(Command::Reproduce(reproduce)) => reproduce.run(),
         None => train(args),

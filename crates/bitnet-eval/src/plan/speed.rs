@@ -14,9 +14,13 @@ use serde::Serialize;
 use super::Form;
 use super::rates::{CHUNK, ProductRate, Rates, block_bytes, block_macs};
 
-/// The share of a product's arithmetic that does not hide behind reading its weights.
-/// `experiments/0009-plan` has the measurements.
+/// The share of a ternary product's arithmetic that does not hide behind reading its
+/// weights. `experiments/0009-plan` has the measurements.
 const EXPOSED: f64 = 0.5;
+
+/// The same of the head's rows, which have at most an eighth of the multiply-adds of a
+/// ternary product for each byte.
+const HEAD_EXPOSED: f64 = 0.25;
 
 /// Seconds to divide an operation between threads and to wait for the last of them: the
 /// engine's regions cost 0.6 to 1.8 µs.
@@ -128,8 +132,8 @@ impl Shape<'_> {
         let (linear, head, kv) = (self.linear_bytes(), self.head_bytes(), self.kv(context));
         let all = linear + head + kv;
         let read = rates.read_at(all) * 1e9;
-        let product = |bytes: f64, rate: &ProductRate| {
-            bytes / read + EXPOSED * bytes / (rate.cached_gb_per_second * 1e9)
+        let product = |bytes: f64, rate: &ProductRate, exposed: f64| {
+            bytes / read + exposed * bytes / (rate.cached_gb_per_second * 1e9)
         };
         let macs = 2.0 * self.layers() * self.config.query_size() as f64 * context;
         let (norms, gates) = self.elements();
@@ -137,8 +141,8 @@ impl Shape<'_> {
         let heads = 2.0 * self.layers() * self.config.num_key_value_heads as f64;
         let starts = HEAD_START * heads / rates.threads as f64;
         TokenTime {
-            linear: product(linear, &rates.linear),
-            head: product(head, &rates.head),
+            linear: product(linear, &rates.linear, EXPOSED),
+            head: product(head, &rates.head, HEAD_EXPOSED),
             attention: starts + kv / read + macs / (rates.attention_gmac_per_second * 1e9),
             elementwise: (norms * rates.norm_ns + gates * rates.gate_ns) * 1e-9,
             threads: if shared { REGION * (REGIONS * self.layers() + 1.0) } else { 0.0 },
