@@ -10,7 +10,7 @@ use plotters::coord::combinators::LogCoord;
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
-use super::{Gaps, Kind, SPECTRA, Scaling, millions};
+use super::{Gaps, Kind, SPECTRA, Scaling};
 use crate::TrainError;
 use crate::error::with_path;
 use crate::plot::{FONT, load_font};
@@ -195,13 +195,20 @@ where
         .configure_mesh()
         .x_desc("parameters")
         .y_desc(name)
-        .x_label_formatter(&|x| millions(*x as u64))
+        .x_label_formatter(&tick)
         .y_label_formatter(&label)
         .label_style((FONT, 16))
         .axis_desc_style((FONT, 18))
         .light_line_style(WHITE)
         .draw()
         .map_err(text)
+}
+
+/// The labels of 1, 2 and 5 of every decade; more would run into each other.
+fn tick(parameters: &f64) -> String {
+    let digit = (parameters / 10f64.powf(parameters.log10().floor())).round();
+    let millions = (parameters / 1e4).round() / 100.0;
+    if [1.0, 2.0, 5.0, 10.0].contains(&digit) { format!("{millions}M") } else { String::new() }
 }
 
 fn legend<'a, B: DrawingBackend + 'a>(chart: &mut Chart<'a, B>) -> Result<(), String>

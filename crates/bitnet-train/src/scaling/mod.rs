@@ -373,7 +373,7 @@ impl fmt::Display for Scaling {
                     let first = t.losses.first().map_or(f64::NAN, |l| l.1);
                     write!(
                         tried,
-                        "{}{:.0e} {first:.4}",
+                        "{}{:e} {first:.4}",
                         if tried.is_empty() { "" } else { ", " },
                         t.rate
                     )?;
@@ -381,7 +381,7 @@ impl fmt::Display for Scaling {
                 edge |= cell.at_edge;
                 writeln!(
                     f,
-                    "| {} | {} | {} | {} | {:.0e}{} | {:.4} | {tried} |",
+                    "| {} | {} | {} | {} | {:e}{} | {:.4} | {tried} |",
                     kind.name,
                     millions(cell.parameters),
                     millions(cell.linear),
