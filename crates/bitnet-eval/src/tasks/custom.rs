@@ -19,6 +19,7 @@
 //! | `target_delimiter` | between prompt and answer; a space by default |
 //! | `fewshot_delimiter` | behind each example; an empty line by default |
 //! | `description` | before everything; nothing by default |
+//! | `fewshot_split`, `test_split` | names; examples drawn by lot leave out the question itself where both are the same or both are missing |
 //! | `metrics` | of `acc`, `acc_norm`, `acc_bytes`; all by default, `acc` with `multiple_input` |
 
 use std::path::{Path, PathBuf};
@@ -52,6 +53,8 @@ struct Description {
     fewshot_delimiter: Option<String>,
     #[serde(default)]
     description: String,
+    fewshot_split: Option<String>,
+    test_split: Option<String>,
     metrics: Option<Vec<Metric>>,
 }
 
@@ -157,6 +160,11 @@ impl CustomTask {
             None if self.description.multiple_input => vec![Metric::Acc],
             None => Metric::ALL.to_vec(),
         }
+    }
+
+    /// See [`super::Kind`].
+    pub(super) fn leaves_itself_out(&self) -> bool {
+        self.description.fewshot_split == self.description.test_split
     }
 
     /// What stands between the parts of its prompts.
