@@ -339,6 +339,12 @@ mod tests {
         };
         assert_eq!(question(&task, row.clone()).unwrap(), expected);
         assert_eq!((task.name(), task.version(), task.metrics().len()), ("mine", 2.into(), 3));
+        // Neither split is named, one is, both are the same.
+        assert!(task.leaves_itself_out());
+        let split = "version = 2\nfewshot_split = \"train\"";
+        assert!(!open(&ARC.replace("version = 2", split)).unwrap().leaves_itself_out());
+        let both = format!("{split}\ntest_split = \"train\"");
+        assert!(open(&ARC.replace("version = 2", &both)).unwrap().leaves_itself_out());
         let mut other = row.clone();
         other["answerKey"] = "C".into();
         let error = question(&task, other).unwrap_err();
