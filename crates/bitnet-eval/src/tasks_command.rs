@@ -89,7 +89,7 @@ pub(crate) struct TasksArgs {
     output: Option<PathBuf>,
     /// Score up to N choices together, those of several questions; fewer where their keys
     /// and values would take more than 1 GiB. The scores are the same for every N
-    #[arg(long, value_name = "N", default_value_t = 32,
+    #[arg(long, value_name = "N", default_value_t = 16,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     batch: u16,
     #[command(flatten)]

@@ -2,8 +2,9 @@
 //! step, each at the machine's rate for it.
 //!
 //! The linear layers run forward in int8 (a float twin's in f32); gradients are products
-//! of floats. `experiments/0010-training-speed` has a profile of a step. Four constants
-//! stand for what is not measured; they are the same for every size of model.
+//! of floats. A few constants stand for what is not measured. They were chosen on the
+//! profile of a step and the two speeds in `experiments/0010-training-speed`, and are the
+//! same for every size of model.
 
 use bitnet_core::names::Linear;
 use bitnet_core::{ModelConfig, WeightQuantizer};
@@ -13,9 +14,17 @@ use super::config::Training;
 use super::rates::{Rates, block_macs};
 use super::speed::Shape;
 
+/// What packing and moving its operands adds to a product, in columns of the model's
+/// width: a product of a narrow model waits for them, one of a wide model does not.
+const NARROW: f64 = 85.0;
+
+/// The share of the attention kernel's rate that the forward pass reaches: sequences are
+/// shorter than what is measured, and heads are gathered and rotated for it.
+pub(super) const ATTENTION_FORWARD: f64 = 0.45;
+
 /// The share of the rate of gradients of inputs at which attention's backward pass
 /// multiplies: its matrices are as narrow as a head, and softmax runs between them.
-pub(super) const ATTENTION_BACKWARD: f64 = 0.35;
+pub(super) const ATTENTION_BACKWARD: f64 = 0.27;
 
 /// Products of attention's backward pass (scores again, and the gradients of
 /// probabilities, queries, keys and values) for every two of the forward pass.
@@ -41,6 +50,11 @@ const OPTIMIZER_BYTES: f64 = 32.0;
 /// Muon's Newton-Schulz steps.
 const MUON_STEPS: f64 = 5.0;
 
+/// How much longer a product takes in a step of a model than alone.
+fn longer(config: &ModelConfig) -> f64 {
+    1.0 + NARROW / config.hidden_size as f64
+}
+
 /// What a training token takes, by part, in seconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
 pub struct TrainingTime {
@@ -59,6 +73,9 @@ pub struct TrainingTime {
     pub elementwise: f64,
     /// Quantisation of weights and the optimizer: the step's share of a token.
     pub step: f64,
+    /// How much longer products take than alone, as assumed in all that.
+    #[serde(skip)]
+    pub longer: f64,
 }
 
 impl TrainingTime {
@@ -93,9 +110,11 @@ impl TrainingTime {
         let parameters = config.parameter_count();
         let linear = parameters.linear as f64;
         // A multiply-add is two operations.
-        let inputs = rates.input_gradient_gflop_per_second * 1e9 / 2.0;
-        let weights = rates.weight_gradient_gflop_per_second * 1e9 / 2.0;
-        let int8 = rates.linear.panel_gmac_per_second * 1e9;
+        let longer = longer(config);
+        let float = rates.input_gradient_gflop_per_second * 1e9 / 2.0;
+        let inputs = float / longer;
+        let weights = rates.weight_gradient_gflop_per_second * 1e9 / 2.0 / longer;
+        let int8 = rates.linear.panel_gmac_per_second * 1e9 / longer;
         let again = if training.recompute { 1.0 } else { 0.0 };
 
         let forward = match ternary {
@@ -113,8 +132,9 @@ impl TrainingTime {
         // The mean token sees half of its sequence, in two products.
         let sequence = training.sequence as f64;
         let seen = layers * config.query_size() as f64 * (sequence + 1.0);
-        let attention = seen * (1.0 + again) / (rates.attention_panel_gmac_per_second * 1e9)
-            + seen * ATTENTION_PRODUCTS / (inputs * ATTENTION_BACKWARD);
+        let attend = rates.attention_panel_gmac_per_second * 1e9 * ATTENTION_FORWARD;
+        let attention = seen * (1.0 + again) / attend
+            + seen * ATTENTION_PRODUCTS / (float * ATTENTION_BACKWARD);
         let (norms, gates) = shape.elements();
         let elementwise = (norms * rates.norm_panel_ns + gates * rates.gate_panel_ns) * 1e-9;
 
@@ -131,6 +151,7 @@ impl TrainingTime {
             head,
             attention,
             elementwise: elementwise * (ELEMENTWISE + again),
+            longer,
             step: micro_step + (OPTIMIZER_BYTES * all / read + muon) / in_step,
         }
     }
