@@ -32,19 +32,22 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 LENGTH = {"acc": lambda c: 1, "acc_norm": len, "acc_bytes": lambda c: len(c.encode())}
 
 
-def harness(folder, dtype, items, names, limit, shots):
+def harness(folder, dtype, items, names, limit, shots, seed):
+    kind = "local" if seed is None else "lot"
     manager = TaskManager(include_path=str(items / "yaml"), include_defaults=False)
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": folder, "dtype": dtype,
                     "attn_implementation": "eager"},
-        tasks=[f"local_{name}" for name in names],
+        tasks=[f"{kind}_{name}" for name in names],
         task_manager=manager, limit=limit, num_fewshot=shots, batch_size=1, bootstrap_iters=0, device="cpu",
+        **({} if seed is None else {"fewshot_random_seed": seed}),
     )
-    return {name: found["samples"][f"local_{name}"] for name in names}, found
+    return ({name: found["samples"][f"{kind}_{name}"] for name in names},
+            {name: found["results"][f"{kind}_{name}"] for name in names})
 
 
-def ours(program, model, items, names, limit, shots, folder):
+def ours(program, model, items, names, limit, shots, seed, folder):
     run = [program, "tasks", model, "--output", folder]
     for name in names:
         kind = items / "own.toml" if name == "own" else name
@@ -52,6 +55,7 @@ def ours(program, model, items, names, limit, shots, folder):
         run += ["--fewshot", f"{kind}={items / name}.jsonl"] if shots else []
     run += ["--limit", str(limit)] if limit else []
     run += ["--num-fewshot", str(shots)] if shots else []
+    run += ["--fewshot-seed", str(seed)] if seed is not None else []
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
     read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
     samples = {name: read(Path(folder) / f"samples_{name}.jsonl") for name in names}
@@ -66,13 +70,14 @@ def main():
     parser.add_argument("--bitnet-eval", default="bitnet-eval")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--num-fewshot", type=int, default=0, help="the first questions, solved")
+    parser.add_argument("--fewshot-seed", type=int, help="draw those by lot, as the harness does by default")
     parser.add_argument("--tasks", nargs="+", help="some of the tasks only")
     parser.add_argument("--dtype", default="float32", help="what the harness computes in")
     args = parser.parse_args()
     names = sorted(args.tasks or (path.stem for path in args.items.glob("*.jsonl")))
-    theirs, their_results = harness(args.hf, args.dtype, args.items, names, args.limit, args.num_fewshot)
+    theirs, their_results = harness(args.hf, args.dtype, args.items, names, args.limit, args.num_fewshot, args.fewshot_seed)
     with tempfile.TemporaryDirectory() as folder:
-        mine, my_results = ours(args.bitnet_eval, args.model, args.items, names, args.limit, args.num_fewshot, folder)
+        mine, my_results = ours(args.bitnet_eval, args.model, args.items, names, args.limit, args.num_fewshot, args.fewshot_seed, folder)
     failed = False
     print(f"lm_eval {lm_eval.__version__ if hasattr(lm_eval, '__version__') else ''}, torch {torch.__version__}")
     print("task | questions | prompts alike | metric | alike | harness | ours | largest |Δ ln p|, median")
@@ -104,7 +109,7 @@ def main():
                     differ.append((s["doc_id"], p, q, abs((x / length)[p] - (x / length)[q]),
                                    abs((y / length)[p] - (y / length)[q]), np.abs(x - y).max()))
             key = f"{metric},none"
-            their = their_results["results"][f"local_{name}"][key]
+            their = their_results[name][key]
             my = my_results["results"][name][key]
             print(f"{name} | {len(a)} | {texts} | {metric} | {100 * alike / len(a):.1f} % | {their:.4f} | "
                   f"{my:.4f} | {gaps.max():.3f}, {np.median(gaps):.1e}")

@@ -27,6 +27,8 @@ INCLUDE = {
     "openbookqa": "openbookqa/openbookqa.yaml",
     "boolq": "super_glue/boolq/default.yaml",
 }
+# Those of them that name a test split.
+TESTED = ("arc_easy", "arc_challenge", "openbookqa")
 OWN = {
     "task": "own",
     "doc_to_text": "{{topic|upper}}: {{stem.strip()}} ->",
@@ -120,6 +122,11 @@ def main():
             "metric_list": metrics[:1] if name == "winogrande" else metrics,
         }
         (args.out / "yaml" / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        # Examples by lot, with the splits that the harness' own task names: the question
+        # itself is left out where it names no test split.
+        config |= {"task": f"lot_{name}", "fewshot_split": None, "fewshot_config": None,
+                   "test_split": "validation" if name in TESTED else None}
+        (args.out / "yaml" / f"lot_{name}.yaml").write_text(yaml.safe_dump(config))
     toml = "\n".join(f"{key} = {json.dumps(value)}" for key, value in OWN.items())
     (args.out / "own.toml").write_text(toml + "\n")
     print(f"{args.count} questions for each of {', '.join(makers)}")

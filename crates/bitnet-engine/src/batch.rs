@@ -1,6 +1,10 @@
 //! Several sequences at once: one pass takes a token of each, so that weights
 //! are read once for all of them.
 
+mod score;
+
+pub use score::Piece;
+
 use crate::cache::{KvCache, Place};
 use crate::error::EngineError;
 use crate::head::{HeadCounts, HeadMode, TokenLogit, Top};
@@ -24,6 +28,8 @@ pub struct BatchSession {
     step: Vec<u32>,
     /// Logits of the last step, `[steps, V]`.
     logits: Vec<f32>,
+    /// The head's inputs that are scored, `[rows, D]`.
+    hidden: Vec<f32>,
     top: Top,
 }
 
@@ -65,6 +71,7 @@ impl BatchSession {
             sequences: vec![Vec::new(); sequences],
             step: Vec::new(),
             logits: Vec::new(),
+            hidden: Vec::new(),
             top: Top::new(options.head),
         })
     }

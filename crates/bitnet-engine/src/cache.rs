@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use bitnet_core::ModelConfig;
 use bitnet_kernels::{
-    ATTEND_TILE, AttendQuery, Kernels, KvElement, KvHead, KvHeadInt8Mut, attend_scores_len,
-    key_blocks_len, store_key,
+    ATTEND_TILE, AttendQuery, KEY_BLOCK, Kernels, KvElement, KvHead, KvHeadInt8Mut,
+    attend_scores_len, key_blocks_len, store_key,
 };
 use bytemuck::Zeroable;
 use half::f16;
@@ -227,6 +227,17 @@ impl KvCache {
         }
     }
 
+    /// Copies the keys and values at `positions` from another cache of the same
+    /// type and shape. What stands before them must be the same in both.
+    pub(crate) fn copy_from(&mut self, from: &Self, heads: Heads, positions: Range<usize>) {
+        match (self, from) {
+            (Self::F32(to), Self::F32(from)) => to.copy_from(from, heads, positions),
+            (Self::F16(to), Self::F16(from)) => to.copy_from(from, heads, positions),
+            (Self::Int8(to), Self::Int8(from)) => to.copy_from(from, heads, positions),
+            _ => unreachable!("the caches of a batch have one type"),
+        }
+    }
+
     /// Attends with the queries `rows` (token · H + head), tokens of this cache, in
     /// a part that begins at row `first`.
     fn attend(&self, a: &Attention<'_>, first: usize, rows: Range<usize>, io: &mut Io<'_>) {
@@ -352,6 +363,13 @@ impl<E: Stored> Layers<E> {
         let layer = |_| LayerCache::new(heads);
         (0..layers).map(layer).collect::<Result<_, _>>().map(Self)
     }
+
+    /// See [`KvCache::copy_from`].
+    fn copy_from(&mut self, from: &Self, heads: Heads, positions: Range<usize>) {
+        for (to, from) in self.0.iter_mut().zip(&from.0) {
+            to.copy_from(from, heads, positions.clone());
+        }
+    }
 }
 
 impl<E: Stored> LayerCache<E> {
@@ -388,6 +406,29 @@ impl<E: Stored> LayerCache<E> {
         let keys = &self.keys[head * keys_len..][..keys_len];
         let values = &self.values[head * values_len..][..values_len];
         E::head(keys, values, key_scales, value_scales)
+    }
+
+    /// See [`KvCache::copy_from`].
+    fn copy_from(&mut self, from: &Self, heads: Heads, Range { start, end }: Range<usize>) {
+        fn copy<E: Copy>(to: &mut [E], from: &[E], range: Range<usize>) {
+            to[range.clone()].copy_from_slice(&from[range]);
+        }
+        let Heads { key_values, dim, context, .. } = heads;
+        // Keys are copied in whole blocks: those before `start` are the same, those
+        // from `end` on are written before they are read.
+        let (first, last) = (start / KEY_BLOCK * KEY_BLOCK * dim, key_blocks_len(end, dim));
+        for head in 0..key_values {
+            let at = head * heads.keys_len();
+            copy(&mut self.keys, &from.keys, at + first..at + last);
+            let at = head * heads.values_len();
+            copy(&mut self.values, &from.values, at + start * dim..at + end * dim);
+            if E::SCALED {
+                let at = head * heads.key_scales_len();
+                copy(&mut self.key_scales, &from.key_scales, at + start..at + end);
+                let at = head * context;
+                copy(&mut self.value_scales, &from.value_scales, at + start..at + end);
+            }
+        }
     }
 
     fn store(&mut self, a: &Attention<'_>, first: usize, places: &[Place]) {

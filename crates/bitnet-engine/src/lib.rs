@@ -45,7 +45,7 @@ mod session;
 mod stream;
 mod tokenizer;
 
-pub use batch::BatchSession;
+pub use batch::{BatchSession, Piece};
 pub use bitnet_format::model::OpenOptions;
 pub use cache::KvType;
 pub use error::EngineError;

@@ -11,7 +11,7 @@ use crate::parallel::{Workers, physical_cores};
 use crate::runner::{Output, Runner};
 
 /// Elements of the logits that [`Session::score`] holds at a time: 8 MiB.
-const SCORE_ELEMENTS: usize = 2 << 20;
+pub(crate) const SCORE_ELEMENTS: usize = 2 << 20;
 
 /// How a session runs.
 #[derive(Debug, Clone)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use bitnet_core::exit::ExitError;
 use bitnet_engine::{EngineError, HeadMode, SessionOptions, physical_cores};
 use bitnet_eval::bench::{BenchOptions, Loaded, Setting, bench, matrix};
-use bitnet_eval::energy;
+use bitnet_eval::{EvalError, energy};
 use bitnet_kernels::{IsaError, Kernels};
 use clap::{Args, ValueEnum};
 
@@ -57,8 +57,8 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
     generate: Vec<usize>,
     /// Sequences to decode together, --generate or 32 tokens of each, whichever is less;
-    /// 0 leaves the test out
-    #[arg(long, value_name = "B,...", value_delimiter = ',', default_values_t = [2, 4, 8, 16])]
+    /// 0 leaves the test out [default: 2,4,8,16]
+    #[arg(long, value_name = "B,...", value_delimiter = ',')]
     batch: Vec<usize>,
     /// How the best token is found in tg<N> and tg<N>x<B>: from all logits, or exactly
     /// by a scan of a copy of the head in 8 or 4 bits. Of several the first is used
@@ -104,9 +104,13 @@ impl HeadArg {
     }
 }
 
+/// Sequences that are decoded together by default.
+const BATCHES: [usize; 4] = [2, 4, 8, 16];
+
 impl BenchArgs {
     /// Measures and prints.
     pub(crate) fn run(&self) -> anyhow::Result<()> {
+        self.check().map_err(coded)?;
         let settings = self.settings().map_err(|e| coded(EngineError::from(e)))?;
         let source = self.source.options();
         let models: Result<Vec<_>, ExitError> =
@@ -126,7 +130,7 @@ impl BenchArgs {
         let options = BenchOptions {
             prompts: or(&self.prompt, 512),
             generates: or(&self.generate, 128),
-            batches: self.batch.clone(),
+            batches: if self.batch.is_empty() { BATCHES.to_vec() } else { self.batch.clone() },
             repeats: self.repeats,
             session: SessionOptions {
                 head: heads.first().copied().unwrap_or_default(),
@@ -142,6 +146,16 @@ impl BenchArgs {
         .map_err(coded)?;
         progress.finish();
         self.run.print(&report.table(), &report)
+    }
+
+    /// Refuses options that would change nothing.
+    fn check(&self) -> Result<(), EvalError> {
+        let none = |list: &[usize]| !list.is_empty() && list.iter().all(|&n| n == 0);
+        if none(&self.generate) && !self.batch.is_empty() && !none(&self.batch) {
+            let message = "--batch: --generate 0 leaves nothing to decode";
+            return Err(EvalError::Usage(message.into()));
+        }
+        Ok(())
     }
 
     /// The instruction sets and threads to measure.

@@ -58,10 +58,11 @@ pub(crate) struct CompareArgs {
     /// A UTF-8 text file that is scored
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// How the text is cut, see bitnet-eval perplexity
-    #[arg(long, value_name = "MODE", default_value = "windows")]
-    mode: String,
-    /// Tokens of a window of the text [default: the smallest context of the models]
+    /// How the text is cut, see bitnet-eval perplexity [default: windows]
+    #[arg(long, value_name = "MODE")]
+    mode: Option<String>,
+    /// Tokens of a window of the text [default: that of the mode, at most the smallest
+    /// context of the models]
     #[arg(long, value_name = "N")]
     context: Option<usize>,
     /// Stop scoring after the window that reaches N tokens
@@ -95,6 +96,7 @@ const LOADS: usize = 5;
 impl CompareArgs {
     /// Measures and prints.
     pub(crate) fn run(&self) -> anyhow::Result<()> {
+        self.check().map_err(coded)?;
         let specs: Vec<Spec> =
             self.models.iter().map(|m| Spec::parse(m)).collect::<Result<_, _>>().map_err(coded)?;
         let tasks = self.read_tasks().map_err(coded)?;
@@ -176,6 +178,25 @@ impl CompareArgs {
         self.run.print(&comparison.table(), &comparison)
     }
 
+    /// Refuses options that would change nothing.
+    fn check(&self) -> Result<(), EvalError> {
+        if self.data.is_some() || self.text.is_some() {
+            return Ok(());
+        }
+        let given = [
+            ("--mode", self.mode.is_some()),
+            ("--context", self.context.is_some()),
+            ("--max-tokens", self.max_tokens.is_some()),
+        ];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((option, _)) => {
+                let message = format!("{option}: nothing is scored without --data or --text");
+                Err(EvalError::Usage(message))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn read_tasks(&self) -> Result<Vec<Vec<bitnet_eval::compare::TaskScore>>, EvalError> {
         if !self.tasks.is_empty() && self.tasks.len() != self.models.len() {
             let (files, models) = (self.tasks.len(), self.models.len());
@@ -217,9 +238,14 @@ impl CompareArgs {
             (None, None) => return Ok(None),
         };
         let source = source.to_str().context("a path that is not UTF-8")?;
-        let usual = if self.mode == "llama-cpp" { limit.min(512) } else { limit };
+        let mode = self.mode.as_deref().unwrap_or("windows");
+        let usual = match mode {
+            "llama-cpp" => limit.min(512),
+            "blocks" => limit.min(2048),
+            _ => limit,
+        };
         let context = self.context.unwrap_or(usual).to_string();
-        let mut args = vec![option, source, "--mode", &self.mode, "--context", &context];
+        let mut args = vec![option, source, "--mode", mode, "--context", &context];
         let most = self.max_tokens.map(|n| n.to_string());
         if let Some(most) = &most {
             args.extend(["--max-tokens", most]);

@@ -26,7 +26,7 @@ pub const IDLE: Duration = Duration::from_secs(2);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unavailable {
     /// No counters: most virtual machines, systems that are not Linux.
-    #[error("{root}: no RAPL package counters (a virtual machine, or the system has none)")]
+    #[error("{root}: no RAPL package counters (most virtual machines have none)")]
     Absent {
         /// Where they were looked for.
         root: PathBuf,

@@ -105,6 +105,16 @@ enum PtqArg {
 }
 
 impl SourceArgs {
+    /// The first of these options that was given.
+    fn given(&self) -> Option<&'static str> {
+        let given = [
+            ("--tokenizer", self.tokenizer.is_some()),
+            ("--hidden-act", self.hidden_act.is_some()),
+            ("--ptq", self.ptq.is_some()),
+        ];
+        given.into_iter().find(|(_, given)| *given).map(|(option, _)| option)
+    }
+
     fn options(&self) -> OpenOptions {
         OpenOptions {
             hidden_act: self.hidden_act.map(|act| match act {

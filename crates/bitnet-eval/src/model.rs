@@ -13,6 +13,22 @@ pub struct TokenScore {
     pub greedy: bool,
 }
 
+/// Tokens of which those from `first` on are scored.
+#[derive(Debug, Clone, Copy)]
+pub struct Sequence<'t> {
+    /// All of them.
+    pub tokens: &'t [u32],
+    /// The first that is scored, at least 1.
+    pub first: usize,
+}
+
+impl<'t> Sequence<'t> {
+    /// What a model reads: the last token is predicted only.
+    pub(crate) fn inputs(&self) -> &'t [u32] {
+        self.tokens.split_last().map_or(&[], |(_, inputs)| inputs)
+    }
+}
+
 /// A model that predicts the next token.
 pub trait LanguageModel {
     /// The longest sequence it reads, in tokens.
@@ -30,6 +46,19 @@ pub trait LanguageModel {
     /// # Errors
     /// A sequence longer than the context, a token outside the vocabulary.
     fn score(&mut self, tokens: &[u32], first: usize) -> Result<Vec<TokenScore>, EvalError>;
+
+    /// How many sequences it scores together, where they are short.
+    fn together(&self) -> usize {
+        1
+    }
+
+    /// The scores of each of some sequences, as [`LanguageModel::score`] gives them.
+    ///
+    /// # Errors
+    /// As there.
+    fn score_all(&mut self, sequences: &[Sequence<'_>]) -> Result<Vec<Vec<TokenScore>>, EvalError> {
+        sequences.iter().map(|s| self.score(s.tokens, s.first)).collect()
+    }
 }
 
 /// `ln softmax(logits)[target]`, summed in f64.

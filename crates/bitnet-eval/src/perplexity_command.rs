@@ -76,8 +76,9 @@ pub(crate) struct PerplexityArgs {
     text: Vec<PathBuf>,
     /// The field or column of .jsonl and .parquet files that holds the text; other modes
     /// than rolling score their documents as one text, an empty line between them
-    #[arg(long, value_name = "NAME", default_value = "text", requires = "text")]
-    field: String,
+    /// [default: text]
+    #[arg(long, value_name = "NAME", requires = "text")]
+    field: Option<String>,
     /// How a text file becomes documents in mode rolling: file, blank-line, wikitext,
     /// line:TEXT, bytes:N
     #[arg(long, value_name = "HOW", requires = "text")]
@@ -182,6 +183,12 @@ impl PerplexityArgs {
         if self.detokenize.is_some() && mode != Mode::Rolling {
             return wrong("--detokenize", Mode::Rolling);
         }
+        if let Some(field) = &self.field
+            && !self.text.iter().any(|path| has_rows(path))
+        {
+            let message = format!("--field {field}: no --text is .jsonl or .parquet");
+            return Err(coded(EvalError::Usage(message)));
+        }
         Ok(())
     }
 
@@ -280,22 +287,22 @@ impl PerplexityArgs {
     /// The texts of a file and its hash: one, except of lines of JSON and parquet,
     /// and in mode rolling of a text that is taken apart.
     fn texts(&self, path: &Path, mode: Mode) -> Result<(Vec<String>, String), EvalError> {
-        let name = path.to_string_lossy();
-        let rows = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"];
-        let rows = rows.iter().any(|ending| name.ends_with(ending));
+        let rows = has_rows(path);
         if !rows && (mode != Mode::Rolling || self.documents.is_none()) {
             let (text, hash) = read_text(path)?;
             return Ok((vec![text], hash));
         }
         if rows && self.documents.is_some() {
+            let name = path.display();
             let message = format!("--documents is for text files; {name} has documents already");
             return Err(EvalError::Usage(message));
         }
+        let field = self.field.clone().unwrap_or_else(|| "text".to_owned());
         let source = Source::Files(FileOptions {
             paths: vec![path.to_path_buf()],
             split: self.documents.clone().unwrap_or_default(),
-            field: self.field.clone(),
-            column: self.field.clone(),
+            field: field.clone(),
+            column: field,
             ..FileOptions::default()
         });
         let texts = source.open()?.collect()?.into_iter().map(|d| d.text);
@@ -337,6 +344,12 @@ struct Input {
     split: Option<&'static str>,
     hash: String,
     tokens: TokenSource,
+}
+
+/// Whether a file's documents are rows with fields.
+fn has_rows(path: &Path) -> bool {
+    let name = path.to_string_lossy();
+    [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet"].iter().any(|ending| name.ends_with(ending))
 }
 
 /// The token that a mode puts where nothing stands before a text.

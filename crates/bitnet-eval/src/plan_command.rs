@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use bitnet_engine::{EngineError, LoadOptions, Model, physical_cores};
+use bitnet_eval::EvalError;
 use bitnet_eval::plan::{Form, PlanOptions, Subject, load, plan};
 use bitnet_kernels::Kernels;
 use clap::Args;
@@ -24,8 +25,11 @@ Examples:
   bitnet-eval plan model.gguf --json -
 
 Predictions add up the operations of a forward pass; experiments/0009-plan compares them
-with measurements. Medians of short rounds count: a busy machine is a slow one. Training's time is its float operations at --flops, or at the speed of this
-machine's float products: where a run has begun, its own tokens/s is the truth.
+with measurements. Medians of short rounds count: a busy machine is a slow one.
+
+Training's time is the sum of its products on this CPU, each at a rate that is measured with
+training's own kernel, and of constants that are printed with it; of another machine it is
+the operations of a token at --flops. Where a run has begun, its own tokens/s is the truth.
 
 JSON keys: name, parameters, total_parameters, form, files (form, bytes and its parts),
 run (context, sequences, bytes and its parts), prefill, decode and decode_full (tokens,
@@ -54,7 +58,8 @@ pub(crate) struct PlanArgs {
     /// Tokens to train on [default: those of the config's schedule]
     #[arg(long, value_name = "N", value_parser = tokens)]
     tokens: Option<u64>,
-    /// Float operations a second that training reaches [default: measured]
+    /// Float operations a second that training reaches, by six for each weight and token
+    /// [default: what follows from the rates of this machine]
     #[arg(long, value_name = "FLOP/s")]
     flops: Option<f64>,
     /// Bandwidth of the memory in GB/s [default: measured at the size of the model]
@@ -96,6 +101,7 @@ impl PlanArgs {
     /// Measures, plans and prints.
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         let subject = self.subject()?;
+        self.check(&subject).map_err(coded)?;
         let kernels = Kernels::from_env().map_err(|e| coded(EngineError::from(e)))?;
         let session = self.run.session(None);
         let limit = subject.config.max_position_embeddings;
@@ -117,12 +123,29 @@ impl PlanArgs {
         self.run.print(&plan.table(), &plan)
     }
 
+    /// Refuses options that would change nothing.
+    fn check(&self, subject: &Subject) -> Result<(), EvalError> {
+        let given = [("--tokens", self.tokens.is_some()), ("--flops", self.flops.is_some())];
+        match given.into_iter().find(|(_, given)| *given) {
+            Some((option, _)) if subject.training.is_none() => {
+                let name = &self.subject;
+                let message = format!("{option}: {name} says nothing about training");
+                Err(EvalError::Usage(message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A training config by its name's ending or where there is no such file; else a
     /// model.
     fn subject(&self) -> anyhow::Result<Subject> {
         let path = Path::new(&self.subject);
         let toml = path.extension().is_some_and(|e| e == "toml");
         if toml || !path.exists() {
+            if let Some(option) = self.source.given() {
+                let message = format!("{option}: {} is a training config", self.subject);
+                return Err(coded(EvalError::Usage(message)).into());
+            }
             return Ok(load(&self.subject).map_err(coded)?);
         }
         let options = LoadOptions { source: self.source.options(), ..LoadOptions::default() };

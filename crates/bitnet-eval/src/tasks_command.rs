@@ -7,13 +7,14 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
 use bitnet_core::exit::ExitError;
-use bitnet_engine::{LoadOptions, Model, Session};
+use bitnet_engine::{EngineError, LoadOptions, Model, Session, physical_cores};
 use bitnet_eval::tasks::{
-    Builtin, CustomTask, Journal, JournalIdentity, Kind, RunFacts, Task, TaskResult, ask, results,
-    samples, table,
+    Builtin, CustomTask, Journal, JournalIdentity, Kind, RunFacts, Sampler, Task, TaskResult, ask,
+    results, samples, table,
 };
-use bitnet_eval::{EngineModel, EvalError, sha256_hex};
+use bitnet_eval::{BatchedModel, EngineModel, EvalError, LanguageModel, sha256_hex};
 use bitnet_format::atomic::write_atomic;
+use bitnet_kernels::Kernels;
 use clap::Args;
 
 use crate::progress::Progress;
@@ -46,7 +47,8 @@ is a file that describes a task of your own:
   doc_to_choice = \"{{choices.text}}\"                # a list, a field's name, an expression
   doc_to_target = \"{{choices.label.index(answerKey)}}\" # the right answer's number, or itself
   # version, description, target_delimiter (\" \"), fewshot_delimiter (\"\\n\\n\"),
-  # metrics = [\"acc\", \"acc_norm\", \"acc_bytes\"], multiple_input = true (choices are contexts)
+  # metrics = [\"acc\", \"acc_norm\", \"acc_bytes\"], multiple_input = true (choices are contexts),
+  # fewshot_split, test_split (equal: an example that is the question itself is left out)
 
 Metrics: acc, the largest log-probability; acc_norm, the largest for each character of the
 choice; acc_bytes, for each byte. A standard error takes questions as independent.
@@ -69,18 +71,27 @@ pub(crate) struct TasksArgs {
     /// The answers of a task's questions, a number a line
     #[arg(long, value_name = "NAME=FILE")]
     labels: Vec<Pair>,
-    /// Solved examples before each question, the first ones of --fewshot's file
+    /// Solved examples before each question, from --fewshot's file
     #[arg(long, value_name = "N", default_value_t = 0, requires = "fewshot")]
     num_fewshot: usize,
     /// Where the examples of a task are from
     #[arg(long, value_name = "NAME=FILE", requires = "num_fewshot")]
     fewshot: Vec<Pair>,
+    /// Draw the examples by lot, anew for each question: those that lm-evaluation-harness
+    /// draws with this seed, by default 1234 there [default: the first ones of the file]
+    #[arg(long, value_name = "SEED", requires = "num_fewshot")]
+    fewshot_seed: Option<u64>,
     /// Ask the first N questions of each task
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
     /// Write results, samples and a journal to go on from into this folder
     #[arg(long, short, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// Score up to N choices together, those of several questions; fewer where their keys
+    /// and values would take more than 1 GiB. The scores are the same for every N
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    batch: u16,
     #[command(flatten)]
     run: RunArgs,
     #[command(flatten)]
@@ -115,19 +126,23 @@ impl TasksArgs {
         let options = LoadOptions { source: self.source.options(), ..LoadOptions::default() };
         let model = Model::open(&self.model, &options).map_err(coded)?;
         let tokenizer = model.tokenizer().map_err(coded)?;
-        let session = Session::new(&model, &self.run.session(None)).map_err(coded)?;
-        let (threads, isa, kv) =
-            (session.workers().threads(), session.kernels().name(), session.kv().name());
+        let settings = self.run.session(None);
+        let kernels = Kernels::from_env().map_err(|e| coded(EngineError::from(e)))?;
+        let (isa, kv) = (kernels.name(), settings.kv.name());
+        let threads = settings.threads.unwrap_or_else(physical_cores);
+        let mut scorer: Box<dyn LanguageModel> = match usize::from(self.batch) {
+            1 => Box::new(EngineModel::new(Session::new(&model, &settings).map_err(coded)?)),
+            most => Box::new(BatchedModel::new(&model, &settings, most).map_err(coded)?),
+        };
         let model_sha256 = sha256_hex(model.as_bytes());
         let mut journal = self.journal(&model_sha256, kv)?;
-        let mut scorer = EngineModel::new(session);
         let mut done: Vec<(Task, TaskResult)> = Vec::new();
         let limit = self.limit.map(|n| usize::try_from(n).unwrap_or(usize::MAX));
         for task in tasks {
             let mut progress = Progress::new("questions");
             let name = task.kind.name().to_owned();
             let result =
-                ask(&mut scorer, &tokenizer, &task, limit, &mut journal, &mut |done, all| {
+                ask(&mut *scorer, &tokenizer, &task, limit, &mut journal, &mut |done, all| {
                     progress.show(done as u64, all as u64, &name);
                 })
                 .map_err(coded)?;
@@ -156,6 +171,7 @@ impl TasksArgs {
             threads,
             isa,
             num_fewshot: self.num_fewshot,
+            sampler: (self.num_fewshot > 0).then(|| self.sampler()),
             limit,
             seconds: start.0.elapsed().as_secs_f64(),
             date: date.map_or(0.0, |d| d.as_secs_f64()),
@@ -178,9 +194,17 @@ impl TasksArgs {
         self.run.print(&table(&done, self.num_fewshot), &report)
     }
 
+    fn sampler(&self) -> Sampler {
+        self.fewshot_seed.map_or(Sampler::FirstN, |seed| Sampler::Default { seed })
+    }
+
     /// Reads every question before the model is opened: a mistake shows at once.
     fn open_tasks(&self) -> Result<Vec<Task>, ExitError> {
         let usage = |message: String| coded(EvalError::Usage(message));
+        if self.num_fewshot == 0 && !self.fewshot.is_empty() {
+            let message = "--num-fewshot 0: --fewshot would not be read; leave it out";
+            return Err(usage(message.into()));
+        }
         for (option, pairs) in [("--labels", &self.labels), ("--fewshot", &self.fewshot)] {
             for (i, pair) in pairs.iter().enumerate() {
                 let name = &pair.name;
@@ -205,7 +229,8 @@ impl TasksArgs {
             }
             match file(&self.fewshot, name) {
                 Some(examples) => {
-                    task = task.with_examples(&examples, self.num_fewshot).map_err(coded)?;
+                    let (count, sampler) = (self.num_fewshot, self.sampler());
+                    task = task.with_examples(&examples, count, sampler).map_err(coded)?;
                 }
                 None if self.num_fewshot > 0 => {
                     let message =

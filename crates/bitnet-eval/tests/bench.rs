@@ -218,6 +218,14 @@ fn energy_is_measured_or_says_why_not() {
         let tokens = ["pp32", "tg8", "tg8x4"].contains(&row["test"].as_str().unwrap());
         assert_eq!(row["joules_per_token"].as_f64(), tokens.then_some(0.0), "{row}");
     }
+    let table = String::from_utf8(bench(&[&path], &args[..3]).stdout).unwrap();
+    let lines: Vec<&str> =
+        table.lines().skip_while(|l| !l.starts_with("energy of package-0")).collect();
+    assert!(lines[1].ends_with("J a token  W above idle"), "{table}");
+    assert!(
+        lines[2].starts_with("  pp32 ") && lines[2].contains("0.0000           0.0"),
+        "{table}"
+    );
     assert!(json(&bench(&[&path], &args[1..])).get("energy").is_none());
 }
 

@@ -96,6 +96,8 @@ fn what_cannot_be_compared_is_named() {
     let missing = dir.path().join("none.txt");
     let int8 = format!("{ternary}@int8");
     let odd = format!("{twin}@int7");
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/tiny.toml");
+    let config = config.to_str().unwrap();
     for (args, code, message) in [
         (&["compare", &twin][..], 2, "MODEL"),
         (&["compare", &twin, &odd], 2, "unknown variant `int7`"),
@@ -103,7 +105,16 @@ fn what_cannot_be_compared_is_named() {
         (&["compare", &twin, &ternary, "--tasks", "a.json"], 2, "1 files for 2 models"),
         (&["compare", &twin, &ternary, "--text", missing.to_str().unwrap()], 3, "none.txt"),
         (&["compare", &twin, &ternary, "--prompt", "4096"], 2, "--prompt 4096"),
+        (&["compare", &twin, &ternary, "--mode", "blocks"], 2, "--mode: nothing is scored"),
+        (&["compare", &twin, &ternary, "--context", "64"], 2, "--context: nothing is scored"),
+        (&["compare", &twin, &ternary, "--max-tokens", "9"], 2, "--max-tokens: nothing is"),
         (&["plan", "no-such-config"], 3, "no-such-config"),
+        (&["plan", &twin, "--tokens", "9"], 2, "twin.gguf says nothing about training"),
+        (&["plan", &twin, "--flops", "1e9"], 2, "--flops: "),
+        (&["plan", config, "--ptq", "ternary"], 2, "--ptq: "),
+        (&["plan", config, "--hidden-act", "silu"], 2, "tiny.toml is a training config"),
+        (&["plan", config, "--tokenizer", "t.json"], 2, "--tokenizer: "),
+        (&["bench", &twin, "--generate", "0", "--batch", "2"], 2, "--generate 0 leaves nothing"),
         (&["plan", &twin, "--form", "p5"], 2, "--form p5"),
         (&["plan", &twin, "--tokens", "0"], 2, "--tokens"),
     ] {

@@ -428,6 +428,11 @@ fn bad_usage_and_bad_files_are_told_apart() {
             "--detokenize is for",
         ),
         (
+            vec![&"perplexity", &model, &"--text", &text, &"--field", &"page"],
+            2,
+            "--field page: no --text is .jsonl or .parquet",
+        ),
+        (
             vec![&"perplexity", &model, &"--text", &text, &"--documents", &"file"],
             2,
             "--documents is for --mode rolling, not windows",

@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use bitnet_core::ModelConfig;
-use bitnet_engine::{LoadOptions, Model, Session, SessionOptions};
+use bitnet_engine::{KvType, LoadOptions, Model, Session, SessionOptions};
 use bitnet_eval::tasks::{Builtin, Fields, Kind, Question, Task};
-use common::{EOS, RandomModel};
+use bitnet_eval::{BatchedModel, EngineModel, LanguageModel, Sequence};
+use common::{EOS, Random, RandomModel};
 use serde_json::{Value, json};
 
 fn question(task: Builtin, row: &Value) -> Result<Question, String> {
@@ -348,6 +349,124 @@ fn a_run_goes_on_where_it_was_cut() {
     assert!(String::from_utf8_lossy(&other.stderr).contains("the scores of another run"));
 }
 
+/// A scorer of one sequence at a time and one of many give the same bits: of questions
+/// with a common beginning, of one that is no longer than what it shares, of equal ones.
+#[test]
+fn sequences_together_score_as_alone() {
+    let mut random = Random(12);
+    let config = ModelConfig { max_position_embeddings: 600, ..ModelConfig::tiny() };
+    let (model, _dir) = RandomModel::new(&config, 21).open();
+    let mut text = |n: usize| random.tokens(n, &config);
+    let shots = text(70);
+    let mut sequences: Vec<(Vec<u32>, usize)> = Vec::new();
+    for question in 0..9usize {
+        let before = if question % 3 == 0 { vec![] } else { shots.clone() };
+        let stem = [before, text(3 + 7 * question)].concat();
+        for choice in 0..2 + question % 3 {
+            let tokens = [stem.clone(), text(1 + choice)].concat();
+            sequences.push((tokens, stem.len()));
+        }
+    }
+    // Longer than the room there is at first, scored from early on, equal, and nothing.
+    sequences.push((text(500), 320));
+    sequences.push((shots.clone(), 1));
+    sequences.push((shots.clone(), 0));
+    sequences.push((shots[..9].to_vec(), 8));
+    sequences.push((vec![5], 1));
+    let asked: Vec<Sequence<'_>> =
+        sequences.iter().map(|(tokens, first)| Sequence { tokens, first: *first }).collect();
+    for (kv, threads, chunk) in [(KvType::F32, 1, 256), (KvType::F16, 3, 16), (KvType::Int8, 2, 64)]
+    {
+        let options =
+            SessionOptions { kv, threads: Some(threads), chunk, ..SessionOptions::default() };
+        let mut alone = EngineModel::new(Session::new(&model, &options).unwrap());
+        let expected = alone.score_all(&asked).unwrap();
+        assert_eq!(expected[sequences.len() - 1], []);
+        for most in [1, 5, 32] {
+            let mut together = BatchedModel::new(&model, &options, most).unwrap();
+            assert_eq!((together.together(), together.context()), (most, 600));
+            // The second time the caches hold what another group left there.
+            for _ in 0..2 {
+                assert!(together.score_all(&asked).unwrap() == expected, "{kv:?}, {most}");
+            }
+            let (tokens, first) = &sequences[4];
+            assert_eq!(together.score(tokens, *first).unwrap(), expected[4]);
+            let wrong = [1, 2, 320];
+            let error = together.score(&wrong, 1).unwrap_err().to_string();
+            assert!(error.starts_with("token 320 at position 2"), "{error}");
+            let long = vec![1; 700];
+            let error = together.score(&long, 1).unwrap_err().to_string();
+            assert!(error.contains("do not fit"), "{error}");
+        }
+    }
+    assert!(BatchedModel::new(&model, &SessionOptions::default(), 0).is_err());
+}
+
+#[test]
+fn every_batch_writes_the_same_bytes() {
+    let s = Setup::new();
+    let tasks = ["piqa", "winogrande"].map(|name| s.task(name));
+    let run = |out: &Path, more: &[&dyn AsRef<std::ffi::OsStr>]| {
+        let args: [&dyn AsRef<std::ffi::OsStr>; 8] =
+            [&"--task", &tasks[0], &"--task", &tasks[1], &"--output", &out, &"--json", &"-"];
+        ok(s.run(&[&args[..], more].concat()))
+    };
+    let written = |out: &Path| {
+        ["samples_piqa.jsonl", "samples_winogrande.jsonl", "journal.jsonl"]
+            .map(|name| fs::read(out.join(name)).unwrap())
+    };
+    let alone = s.path("alone");
+    let expected = run(&alone, &[&"--batch", &"1"]);
+    for (batch, threads) in [("2", "1"), ("3", "3"), ("32", "2")] {
+        let out = s.path(batch);
+        let results = run(&out, &[&"--batch", &batch, &"--threads", &threads]);
+        assert_eq!(results["results"], expected["results"], "{batch}");
+        assert!(written(&out) == written(&alone), "{batch}");
+    }
+}
+
+#[test]
+fn examples_are_drawn_as_the_harness_draws_them() {
+    let s = Setup::new();
+    let task = s.task("piqa");
+    let samples = |out: &str, more: &[&dyn AsRef<std::ffi::OsStr>]| {
+        let out = s.path(out);
+        let args: [&dyn AsRef<std::ffi::OsStr>; 10] = [
+            &"--task",
+            &task,
+            &"--fewshot",
+            &task,
+            &"--num-fewshot",
+            &"2",
+            &"--output",
+            &out,
+            &"--json",
+            &"-",
+        ];
+        let results = ok(s.run(&[&args[..], more].concat()));
+        // A question is told by how often it says "Do ".
+        let number = |question: &str| question.matches("Do ").count() / 7;
+        let shown = |sample: &Value| {
+            let text = sample["arguments"]["gen_args_0"]["arg_0"].as_str().unwrap();
+            text.split("\n\n").map(number).collect()
+        };
+        let prompts: Vec<Vec<usize>> =
+            lines(&out.join("samples_piqa.jsonl")).iter().map(shown).collect();
+        (results, prompts)
+    };
+    let (results, prompts) = samples("lot", &[&"--fewshot-seed", &"1234"]);
+    assert_eq!(results["config"]["fewshot_seed"], 1234);
+    assert_eq!(results["configs"]["piqa"]["fewshot_config"]["sampler"], "default");
+    // Recorded with lm_eval 0.4.13: ContextSampler of 8 rows, set_rnd(1234), sample(2, row).
+    let drawn =
+        [[7, 6, 0], [6, 4, 1], [0, 5, 2], [1, 0, 3], [3, 0, 4], [0, 2, 5], [7, 4, 6], [2, 0, 7]];
+    assert_eq!(prompts, drawn);
+    let (results, prompts) = samples("first", &[]);
+    assert!(results["config"]["fewshot_seed"].is_null());
+    assert_eq!(results["configs"]["piqa"]["fewshot_config"]["sampler"], "first_n");
+    assert_eq!(prompts, [0, 1, 2, 3, 4, 5, 6, 7].map(|i| [0, 1, i]));
+}
+
 #[test]
 fn a_task_of_ones_own_and_an_empty_prompt() {
     let s = Setup::new();
@@ -413,6 +532,13 @@ fn mistakes_are_named_and_nothing_is_half_written() {
         (vec![&"--task", &piqa, &"--task", &piqa], 2, "two tasks have that name"),
         (vec![&"--task", &piqa, &"--limit", &"0"], 2, "--limit"),
         (vec![&"--task", &piqa, &"--num-fewshot", &"2"], 2, "--fewshot"),
+        (
+            vec![&"--task", &piqa, &"--num-fewshot", &"0", &"--fewshot", &piqa],
+            2,
+            "--num-fewshot 0: --fewshot would not be read",
+        ),
+        (vec![&"--task", &piqa, &"--fewshot-seed", &"1"], 2, "--num-fewshot"),
+        (vec![&"--task", &piqa, &"--batch", &"0"], 2, "--batch"),
         (vec![&"--task", &piqa, &"--fewshot", &piqa], 2, "--num-fewshot"),
         (
             vec![&"--task", &piqa, &"--num-fewshot", &"9", &"--fewshot", &piqa],

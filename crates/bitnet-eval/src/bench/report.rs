@@ -302,11 +302,15 @@ impl Report {
     fn energy(&self) -> String {
         let Some(energy) = &self.energy else { return String::new() };
         let mut text = format!("{energy}\n");
-        for row in &self.results {
-            let Some(joules) = row.joules_per_token else { continue };
+        let measured = self.results.iter().filter_map(|row| Some((row, row.joules_per_token?)));
+        for (i, (row, joules)) in measured.enumerate() {
+            if i == 0 {
+                text += "  energy          isa         threads   J a token  W above idle\n";
+            }
             let (test, isa, threads) = (&row.test, row.isa, row.threads);
+            let watts = joules * row.tokens_per_second;
             text += &format!(
-                "  {test:14}  {isa:10}  {threads:7}  {joules:10.4} J a token  {}\n",
+                "  {test:14}  {isa:10}  {threads:7}  {joules:10.4}  {watts:12.1}  {}\n",
                 row.model
             );
         }

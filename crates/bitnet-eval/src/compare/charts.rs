@@ -109,8 +109,7 @@ pub(super) fn trade(comparison: &Comparison) -> Option<String> {
     let mut svg = format!(
         "<svg viewBox=\"0 0 {WIDE} {HEIGHT}\" role=\"img\" aria-label=\"{name} against decode speed\">"
     );
-    for i in 0..=4 {
-        let y = (low + (high - low) * f64::from(i) / 4.0).exp();
+    for (y, label) in ticks(low.exp(), high.exp()) {
         let _ = write!(
             svg,
             "<line x1=\"{left}\" x2=\"{:.0}\" y1=\"{:.1}\" y2=\"{:.1}\" class=\"grid\"/><text \
@@ -120,13 +119,13 @@ pub(super) fn trade(comparison: &Comparison) -> Option<String> {
             at_y(y),
             left - 8.0,
             at_y(y) + 4.0,
-            short(y)
+            label
         );
     }
     let step = round_step(x_most / 5.0);
     for i in 0..=(x_most / step) as usize {
         let x = step * i as f64;
-        let label = if i == 0 { "0".to_owned() } else { short(x) };
+        let label = tick(x, step);
         let _ = write!(
             svg,
             "<text x=\"{:.1}\" y=\"{:.0}\" text-anchor=\"middle\" font-size=\"12\" \
@@ -235,6 +234,24 @@ impl Label {
     }
 }
 
+/// Round values between two others for an axis of logarithms, and how they are written.
+fn ticks(first: f64, last: f64) -> Vec<(f64, String)> {
+    if last < 5.0 * first {
+        let step = round_step((last - first) / 5.0);
+        let range = (first / step).ceil() as usize..=(last / step) as usize;
+        return range.map(|i| step * i as f64).map(|x| (x, tick(x, step))).collect();
+    }
+    let powers = first.log10().floor() as i32..=last.log10().floor() as i32;
+    let values = powers.flat_map(|e| [1.0, 2.0, 5.0].map(|n| n * 10f64.powi(e)));
+    values.filter(|x| (first..=last).contains(x)).map(|x| (x, tick(x, x))).collect()
+}
+
+/// A value of an axis, in as many digits as its steps need.
+fn tick(value: f64, step: f64) -> String {
+    let digits = (-step.max(1e-12).log10().floor()).max(0.0) as usize;
+    format!("{value:.digits$}")
+}
+
 /// 1, 2 or 5 times a power of ten, at least `x`.
 fn round_step(x: f64) -> f64 {
     let power = 10f64.powf(x.max(1e-12).log10().floor());
@@ -249,6 +266,17 @@ fn open(height: f64, name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ticks_have_the_digits_of_their_steps() {
+        let ticks = [(0.0, 500.0), (1500.0, 500.0), (2.4, 0.2), (2.05, 0.05), (3.0, 1.0)];
+        assert_eq!(ticks.map(|(x, step)| tick(x, step)), ["0", "1500", "2.4", "2.05", "3"]);
+        let labels =
+            |first, last| super::ticks(first, last).into_iter().map(|t| t.1).collect::<Vec<_>>();
+        assert_eq!(labels(138.0, 197.0), ["140", "160", "180"]);
+        assert_eq!(labels(2.05, 2.45), ["2.1", "2.2", "2.3", "2.4"]);
+        assert_eq!(labels(90.0, 3000.0), ["100", "200", "500", "1000", "2000"]);
+    }
 
     #[test]
     fn steps_are_round() {

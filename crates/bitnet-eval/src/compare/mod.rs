@@ -4,6 +4,7 @@
 mod charts;
 mod page;
 mod spec;
+mod summary;
 mod table;
 mod tasks;
 
@@ -188,51 +189,6 @@ impl Comparison {
         all.retain(|metric| metric.values.iter().any(Option::is_some));
         all
     }
-
-    /// What a reader should remember of a model beside the first: one sentence.
-    fn sentence(&self, model: usize) -> String {
-        let (first, m) = (&self.models[0], &self.models[model]);
-        let against = |value: f64, first: f64, less: &str, more: &str| {
-            let ratio = value / first;
-            match ratio {
-                r if (r - 1.0).abs() < 0.005 => "the same".to_owned(),
-                r if r < 1.0 => format!("{}× {less}", short(1.0 / r)),
-                r => format!("{}× {more}", short(r)),
-            }
-        };
-        let mut parts = vec![
-            format!(
-                "file {}",
-                against(m.file_bytes as f64, first.file_bytes as f64, "smaller", "larger")
-            ),
-            format!(
-                "decodes {}",
-                against(m.decode.median, first.decode.median, "slower", "faster")
-            ),
-            format!(
-                "prefills {}",
-                against(m.prefill.median, first.prefill.median, "slower", "faster")
-            ),
-        ];
-        if let (Some(a), Some(b)) = (first.joules_per_decode_token, m.joules_per_decode_token)
-            && a > 0.0
-            && b > 0.0
-        {
-            parts.push(format!("energy per token {}", against(b, a, "less", "more")));
-        }
-        let quality = |q: Option<Quality>| match self.conditions.one_tokenizer {
-            true => q.map(|q| ("perplexity", q.perplexity)),
-            false => Some(("bits per byte", q?.bits_per_byte?)),
-        };
-        if let (Some((name, b)), Some((_, a))) = (quality(m.quality), quality(first.quality)) {
-            parts.push(match b / a - 1.0 {
-                change if change.abs() < 5e-4 => format!("{name} the same"),
-                change if change < 9.995 => format!("{name} {:+.1} %", 100.0 * change),
-                change => format!("{name} {}× as high", short(change + 1.0)),
-            });
-        }
-        parts.join(", ")
-    }
 }
 
 /// Three digits.
@@ -256,6 +212,15 @@ fn short4(x: f64) -> String {
 
 fn percent(x: f64) -> String {
     format!("{:.1} %", 100.0 * x)
+}
+
+/// A count of parameters.
+fn count(n: u64) -> String {
+    match n as f64 {
+        x if x >= 1e9 => format!("{}B", short(x * 1e-9)),
+        x if x >= 1e6 => format!("{}M", short(x * 1e-6)),
+        x => format!("{}k", short(x * 1e-3)),
+    }
 }
 
 fn bytes(x: f64) -> String {

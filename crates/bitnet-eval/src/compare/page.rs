@@ -5,7 +5,7 @@ use minijinja::{Environment, Value, context};
 
 use super::charts::{bars, color, trade};
 use super::table::capitalised;
-use super::{Comparison, short};
+use super::{Comparison, count, short};
 use crate::EvalError;
 
 /// The page as text.
@@ -49,7 +49,7 @@ pub fn page(comparison: &Comparison) -> Result<String, EvalError> {
                 color => color(i),
                 form => m.form.clone(),
                 model => m.model.clone(),
-                parameters => m.parameters,
+                parameters => count(m.parameters),
                 sentence => (i > 0).then(|| comparison.sentence(i)),
             }
         })
@@ -61,6 +61,7 @@ pub fn page(comparison: &Comparison) -> Result<String, EvalError> {
         .and_then(|template| {
             template.render(context! {
                 models,
+                summary => comparison.summary(),
                 charts,
                 rows,
                 trade => trade(comparison).map(Value::from_safe_string),

@@ -35,6 +35,7 @@ impl Comparison {
         if let Some(energy) = &self.energy {
             out += &format!("{}.\n", capitalised(&energy.to_string()));
         }
+        out += &format!("{}\n", self.summary());
         for (i, model) in self.models.iter().enumerate().skip(1) {
             let first = &self.models[0].label;
             out += &format!("{} against {first}: {}.\n", model.label, self.sentence(i));

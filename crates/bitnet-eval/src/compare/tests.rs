@@ -66,6 +66,39 @@ fn every_figure_is_against_the_first() {
 }
 
 #[test]
+fn the_story_is_told_in_a_sentence() {
+    let mut comparison = comparison();
+    let summary = |c: &Comparison| c.summary();
+    assert_eq!(
+        summary(&comparison),
+        "No other model has perplexity within 5 % of twin; the fastest, a|<b>, has perplexity \
+         +300.0 %."
+    );
+    // A slower one that reads as well is the story, not the fastest.
+    comparison.models.push(figures("half", 0.5));
+    comparison.models[2].quality = comparison.models[0].quality;
+    assert_eq!(
+        summary(&comparison),
+        "half decodes 2.00× faster than twin, from a file 2.00× smaller, at the same perplexity."
+    );
+    assert!(page(&comparison).unwrap().contains("<p class=\"summary\">half decodes 2.00× faster"));
+    assert!(comparison.table().contains("\nhalf decodes 2.00× faster than twin"));
+    comparison.models[2].file_bytes = 8_000_000;
+    comparison.models[2].decode.median = 200.0;
+    comparison.conditions.one_tokenizer = false;
+    comparison.models[1].quality = None;
+    assert_eq!(
+        summary(&comparison),
+        "half decodes as fast as twin, from a file of the same size, at the same bits per byte."
+    );
+    comparison.models.iter_mut().for_each(|m| m.quality = None);
+    assert_eq!(
+        summary(&comparison),
+        "a|<b> decodes 4.00× faster than twin, from a file 4.00× smaller."
+    );
+}
+
+#[test]
 fn what_is_missing_is_left_out_or_a_dash() {
     let mut comparison = comparison();
     comparison.models[0].memory_bytes = None;

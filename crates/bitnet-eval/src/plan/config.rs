@@ -25,6 +25,8 @@ pub struct Training {
     pub muon: bool,
     /// Whether quantisation is blended in.
     pub blends: bool,
+    /// Whether gradients of the linear layers' inputs are integer products.
+    pub int8_backward: bool,
     /// Tokens of the whole schedule.
     pub tokens: u64,
 }
@@ -71,6 +73,8 @@ struct Optimizer {
 struct Quantization {
     #[serde(default)]
     blend: f64,
+    #[serde(default)]
+    int8_backward: bool,
 }
 
 /// The subject of a training config: a path, or the bare name of a file in a folder
@@ -95,7 +99,7 @@ pub fn load(name: &str) -> Result<Subject, EvalError> {
     let training = match (file.batch, file.schedule) {
         (Some(batch), Some(schedule)) => {
             let optimizer = file.optimizer.kind.as_deref().unwrap_or("adamw");
-            Some(training(&batch, &schedule, optimizer, file.quantization.blend).map_err(bad)?)
+            Some(training(&batch, &schedule, optimizer, &file.quantization).map_err(bad)?)
         }
         _ => None,
     };
@@ -106,7 +110,7 @@ fn training(
     batch: &Batch,
     schedule: &Schedule,
     optimizer: &str,
-    blend: f64,
+    quantization: &Quantization,
 ) -> Result<Training, String> {
     let micro_batch = match &batch.micro_batch {
         MicroBatch::Number(0) => None,
@@ -137,7 +141,8 @@ fn training(
         micro_batch,
         recompute: batch.recompute,
         muon,
-        blends: blend > 0.0,
+        blends: quantization.blend > 0.0,
+        int8_backward: quantization.int8_backward,
         tokens: schedule.steps.saturating_mul(batch.tokens as u64),
     })
 }

@@ -2,6 +2,7 @@
 //! before it is trained: from its shape and from rates that are measured in seconds.
 
 mod config;
+mod float_probes;
 mod form;
 mod memory;
 mod probes;
@@ -9,6 +10,7 @@ mod rates;
 mod report;
 mod search;
 mod speed;
+mod training_speed;
 
 use bitnet_core::training_memory::{self, Parts, TrainingShape};
 use bitnet_core::{ModelConfig, ParameterCount};
@@ -22,6 +24,7 @@ pub use memory::{FileBytes, RunBytes, available_bytes, checkpoint_bytes};
 pub use rates::{ProductRate, Rates, ReadRate};
 pub use search::{Bound, Largest, largest};
 pub use speed::{Shape, TokenTime, training_flop};
+pub use training_speed::TrainingTime;
 
 use crate::EvalError;
 
@@ -77,7 +80,7 @@ pub struct PlanOptions {
     pub generate: usize,
     /// Tokens to train on; those of the config's schedule.
     pub train_tokens: Option<u64>,
-    /// Float operations a second of training; those of the machine's float products.
+    /// Float operations a second of training; what the machine's products come to.
     pub flops: Option<f64>,
     /// Bandwidth of the memory, 10^9 bytes a second, instead of the measured one.
     pub bandwidth: Option<f64>,
@@ -177,8 +180,10 @@ pub struct TrainingPlan {
     pub flop_per_token: f64,
     /// Float operations a second.
     pub flop_per_second: f64,
-    /// Whether that was stated, not measured.
+    /// Whether that was stated; else it follows from the machine's rates.
     pub stated: bool,
+    /// Seconds of a token, by part; none where the operations a second were stated.
+    pub token_seconds: Option<TrainingTime>,
     /// Tokens a second.
     pub tokens_per_second: f64,
     /// Seconds of the whole run.
@@ -293,7 +298,7 @@ fn with_rates(
         training: subject
             .training
             .as_ref()
-            .map(|training| training_plan(config, training, &rates, available, options)),
+            .map(|training| training_plan(&shape, training, &rates, available, options)),
         largest: options.target_decode.map(|target| {
             let bytes = |config: &ModelConfig| {
                 let file = FileBytes::of(config, form);
@@ -334,14 +339,15 @@ fn run_bytes(
 const MARGIN: f64 = 0.15;
 
 fn training_plan(
-    config: &ModelConfig,
+    shape: &Shape<'_>,
     training: &Training,
     rates: &Rates,
     available: Option<u64>,
     options: &PlanOptions,
 ) -> TrainingPlan {
+    let config = shape.config;
     let in_step = (training.batch_tokens / training.sequence.max(1)).max(1);
-    let shape = |micro_batch: usize| TrainingShape {
+    let memory_of = |micro_batch: usize| TrainingShape {
         model: config.clone(),
         micro_batch,
         sequence: training.sequence,
@@ -352,7 +358,7 @@ fn training_plan(
     };
     // An automatic micro-batch is the greatest that fits, or 1.
     let fits = |micro_batch: &usize| {
-        let needed = training_memory::tensors(&shape(*micro_batch)).0.total() as f64;
+        let needed = training_memory::tensors(&memory_of(*micro_batch)).0.total() as f64;
         available.is_none_or(|available| needed * (1.0 + MARGIN) <= available as f64)
     };
     let micro_batch = match training.micro_batch {
@@ -362,12 +368,18 @@ fn training_plan(
             divisors.into_iter().find(fits).unwrap_or(1)
         }
     };
-    let (memory, peak_in) = training_memory::tensors(&shape(micro_batch));
+    let (memory, peak_in) = training_memory::tensors(&memory_of(micro_batch));
     let (weights, optimizer) = checkpoint_bytes(config, training.muon);
     let flop_per_token = training_flop(config, training.sequence, training.recompute);
-    let flop_per_second = options.flops.unwrap_or(rates.float_gflop_per_second * 1e9);
+    let token_seconds = match options.flops {
+        Some(_) => None,
+        None => Some(TrainingTime::of(shape, training, micro_batch, rates)),
+    };
+    let tokens_per_second = match (options.flops, &token_seconds) {
+        (_, Some(time)) => 1.0 / time.total(),
+        (flops, None) => flops.unwrap_or(0.0) / flop_per_token,
+    };
     let tokens = options.train_tokens.unwrap_or(training.tokens);
-    let tokens_per_second = flop_per_second / flop_per_token;
     TrainingPlan {
         micro_batch,
         memory,
@@ -377,8 +389,9 @@ fn training_plan(
         checkpoint_optimizer_bytes: optimizer,
         tokens,
         flop_per_token,
-        flop_per_second,
+        flop_per_second: tokens_per_second * flop_per_token,
         stated: options.flops.is_some(),
+        token_seconds,
         tokens_per_second,
         seconds: tokens as f64 / tokens_per_second,
     }

@@ -3,10 +3,11 @@
 //! kernels. [`super::speed`] adds them up.
 
 use bitnet_core::names::Linear;
-use bitnet_core::{Dtype, Layout, ModelConfig};
+use bitnet_core::{Layout, ModelConfig};
 use bitnet_kernels::Kernels;
 use serde::Serialize;
 
+use super::float_probes::FloatProducts;
 use super::probes::{PIECE, POSITIONS, Probe, Probes, Rows, Weights};
 use super::{Form, available_bytes};
 use crate::bench::{Spread, rounds};
@@ -67,10 +68,12 @@ pub struct Rates {
     pub norm_panel_ns: f64,
     /// The gated activation of a chunk of tokens, ns an element.
     pub gate_panel_ns: f64,
-    /// Float products of a chunk of tokens, 10^9 operations a second. The engine rounds
-    /// products and sums apart; with fused operations training's own take half the
-    /// instructions.
-    pub float_gflop_per_second: f64,
+    /// Fused multiply-adds of floats in registers, 10^9 operations a second.
+    pub float_peak_gflop_per_second: f64,
+    /// Training's products that give gradients of inputs, 10^9 operations a second.
+    pub input_gradient_gflop_per_second: f64,
+    /// Training's products that give gradients of weights.
+    pub weight_gradient_gflop_per_second: f64,
 }
 
 impl Rates {
@@ -82,11 +85,10 @@ impl Rates {
         let probes = Probes { kernels, threads, config };
         let sets = working_sets(available_bytes());
         let buffer = vec![1u8; sets.last().copied().unwrap_or(PIECE)];
-        let [linear, head, float] =
-            [linear, head, Form::Float(Dtype::F32)].map(|form| Weights::few(form, d));
+        let [linear, head] = [linear, head].map(|form| Weights::few(form, d));
         // A matrix as the products of a prompt meet it: no cache of a core holds it.
-        let [linear_panel, head_panel, float_panel] =
-            [&linear, &head, &float].map(|few| Weights::new(few.form, d, f));
+        let [linear_panel, head_panel] = [&linear, &head].map(|few| Weights::new(few.form, d, f));
+        let training = FloatProducts::new(kernels, threads, config);
         let rows = Rows::new(CHUNK, d.max(f));
         // Of each: how much it does, and the seconds of so many passes.
         let mut all: Vec<Probe<'_>> = Vec::new();
@@ -109,7 +111,7 @@ impl Rates {
         let of_chunk = |width: usize| (CHUNK * width) as f64;
         all.push((of_chunk(d), Box::new(|passes| probes.norm(&rows, CHUNK, passes))));
         all.push((of_chunk(f), Box::new(|passes| probes.gate(&rows, CHUNK, passes))));
-        all.push(probes.panel(&float_panel));
+        all.extend([training.peak(), training.input_gradient(), training.weight_gradient()]);
 
         let mut passes = vec![1; all.len()];
         let mut found = vec![Vec::new(); all.len()];
@@ -147,7 +149,9 @@ impl Rates {
             gate_ns: 1.0 / next(),
             norm_panel_ns: 1.0 / next(),
             gate_panel_ns: 1.0 / next(),
-            float_gflop_per_second: 2.0 * next(),
+            float_peak_gflop_per_second: next(),
+            input_gradient_gflop_per_second: next(),
+            weight_gradient_gflop_per_second: next(),
         }
     }
 
@@ -171,7 +175,9 @@ impl Rates {
             &mut self.head.panel_gmac_per_second,
             &mut self.attention_gmac_per_second,
             &mut self.attention_panel_gmac_per_second,
-            &mut self.float_gflop_per_second,
+            &mut self.float_peak_gflop_per_second,
+            &mut self.input_gradient_gflop_per_second,
+            &mut self.weight_gradient_gflop_per_second,
         ] {
             *rate *= factor;
         }
@@ -252,7 +258,9 @@ mod tests {
             gate_ns: 1.0,
             norm_panel_ns: 1.0,
             gate_panel_ns: 1.0,
-            float_gflop_per_second: 1.0,
+            float_peak_gflop_per_second: 1.0,
+            input_gradient_gflop_per_second: 1.0,
+            weight_gradient_gflop_per_second: 1.0,
         }
     }
 

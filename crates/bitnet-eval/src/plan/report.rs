@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::{Bound, Form, Largest, Plan, Predicted, TrainingPlan};
+use super::{Bound, Form, Largest, Plan, Predicted, TrainingPlan, TrainingTime, training_speed};
 
 impl Plan {
     /// The plan for people.
@@ -81,12 +81,12 @@ impl Plan {
         writeln!(
             out,
             "\nspeed with {} thread{}, {}: reads {read:.1} GB/s, int8 {:.0} GOP/s, \
-             float products {:.0} GFLOP/s",
+             float {:.0} GFLOP/s",
             machine.threads,
             if machine.threads == 1 { "" } else { "s" },
             machine.isa,
             machine.int8_gop_per_second,
-            machine.float_gflop_per_second,
+            machine.float_peak_gflop_per_second,
         )?;
         writeln!(
             out,
@@ -144,7 +144,7 @@ impl Plan {
             bytes(t.checkpoint_weights_bytes),
             bytes(t.checkpoint_optimizer_bytes),
         )?;
-        let how = if t.stated { "stated" } else { "measured in float products" };
+        let how = if t.stated { "stated" } else { "predicted" };
         writeln!(
             out,
             "  {} tokens at {} tokens/s: {} ({} a token, {:.3} TFLOP/s {how})",
@@ -153,6 +153,34 @@ impl Plan {
             duration(t.seconds),
             flop(t.flop_per_token),
             t.flop_per_second * 1e-12,
+        )?;
+        match &t.token_seconds {
+            Some(time) => self.write_training_time(out, time),
+            None => Ok(()),
+        }
+    }
+
+    /// Where a training token's time goes, and what that rests on.
+    fn write_training_time(&self, out: &mut String, time: &TrainingTime) -> std::fmt::Result {
+        let share =
+            |part: (&str, f64)| format!("{} {:.0} %", part.0, 100.0 * part.1 / time.total());
+        let parts = time.parts().map(share);
+        let machine = &self.machine;
+        writeln!(out, "    {}", parts[..4].join(", "))?;
+        writeln!(out, "    {}", parts[4..].join(", "))?;
+        writeln!(
+            out,
+            "  assumed: on this CPU alone; gradients of inputs at {:.0}, of weights at {:.0} GFLOP/s, \
+             forward\n  products at {:.0} GOP/s, as measured, and {:.0} % longer in a step; attention at {} \
+             of its kernel's\n  rate forward and {} of the first backward; elementwise work {} times \
+             the forward pass's; no time\n  for evaluation and checkpoints",
+            machine.input_gradient_gflop_per_second,
+            machine.weight_gradient_gflop_per_second,
+            2.0 * machine.linear.panel_gmac_per_second,
+            100.0 * (time.longer - 1.0),
+            training_speed::ATTENTION_FORWARD,
+            training_speed::ATTENTION_BACKWARD,
+            training_speed::ELEMENTWISE,
         )
     }
 

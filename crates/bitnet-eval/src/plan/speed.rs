@@ -103,7 +103,7 @@ impl Shape<'_> {
     }
 
     /// Elements of a token that norms take, and that the gated activation takes.
-    fn elements(&self) -> (f64, f64) {
+    pub(super) fn elements(&self) -> (f64, f64) {
         let config = self.config;
         let norms = Norm::of(config).iter().filter(|n| **n != Norm::FeedForwardSub);
         // The sub-norm before `down` is part of the gated activation. Without sub-norms

@@ -85,6 +85,12 @@ impl Builtin {
         if self == Self::WinoGrande { &[Metric::Acc] } else { &Metric::ALL }
     }
 
+    /// See [`super::Kind`]: ARC's and OpenBookQA's descriptions name a test split and
+    /// none for examples, the others name neither.
+    pub(super) fn leaves_itself_out(self) -> bool {
+        !matches!(self, Self::ArcEasy | Self::ArcChallenge | Self::OpenBookQa)
+    }
+
     /// The question of a row.
     ///
     /// # Errors

@@ -19,6 +19,7 @@
 //! | `target_delimiter` | between prompt and answer; a space by default |
 //! | `fewshot_delimiter` | behind each example; an empty line by default |
 //! | `description` | before everything; nothing by default |
+//! | `fewshot_split`, `test_split` | names; examples drawn by lot leave out the question itself where both are the same or both are missing |
 //! | `metrics` | of `acc`, `acc_norm`, `acc_bytes`; all by default, `acc` with `multiple_input` |
 
 use std::path::{Path, PathBuf};
@@ -52,6 +53,8 @@ struct Description {
     fewshot_delimiter: Option<String>,
     #[serde(default)]
     description: String,
+    fewshot_split: Option<String>,
+    test_split: Option<String>,
     metrics: Option<Vec<Metric>>,
 }
 
@@ -157,6 +160,11 @@ impl CustomTask {
             None if self.description.multiple_input => vec![Metric::Acc],
             None => Metric::ALL.to_vec(),
         }
+    }
+
+    /// See [`super::Kind`].
+    pub(super) fn leaves_itself_out(&self) -> bool {
+        self.description.fewshot_split == self.description.test_split
     }
 
     /// What stands between the parts of its prompts.
@@ -331,6 +339,12 @@ mod tests {
         };
         assert_eq!(question(&task, row.clone()).unwrap(), expected);
         assert_eq!((task.name(), task.version(), task.metrics().len()), ("mine", 2.into(), 3));
+        // Neither split is named, one is, both are the same.
+        assert!(task.leaves_itself_out());
+        let split = "version = 2\nfewshot_split = \"train\"";
+        assert!(!open(&ARC.replace("version = 2", split)).unwrap().leaves_itself_out());
+        let both = format!("{split}\ntest_split = \"train\"");
+        assert!(open(&ARC.replace("version = 2", &both)).unwrap().leaves_itself_out());
         let mut other = row.clone();
         other["answerKey"] = "C".into();
         let error = question(&task, other).unwrap_err();

@@ -8,9 +8,12 @@
 //! the results have the harness' keys (`report`). What was scored is noted in a
 //! [`Journal`], so that a run can be gone on with.
 
+mod asking;
 pub mod builtin;
 pub mod custom;
+mod fewshot;
 mod journal;
+mod python_random;
 mod question;
 mod report;
 mod row;
@@ -20,16 +23,17 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+pub use self::asking::{TaskResult, ask};
 pub use self::builtin::Builtin;
 pub use self::custom::CustomTask;
+pub use self::fewshot::{Examples, Sampler};
 pub use self::journal::{Journal, JournalIdentity};
 pub use self::question::{Delimiters, Question};
 pub use self::report::{RunFacts, results, samples, table};
 pub use self::row::Fields;
 pub use self::scoring::{Encode, Metric, Outcome, Request, Scored, encode_pair, outcome};
-use crate::model::LanguageModel;
+use crate::EvalError;
 use crate::source::sha256_hex;
-use crate::{EvalError, ratio};
 
 /// The version of lm-evaluation-harness whose prompts and rules these are.
 pub const FOLLOWS: &str = "0.4.13";
@@ -76,6 +80,15 @@ impl Kind {
         }
     }
 
+    /// Whether the harness, drawing examples by lot, leaves out the question itself: it
+    /// does where a task's examples and tests are of one split, or neither is named.
+    fn leaves_itself_out(&self) -> bool {
+        match self {
+            Self::Builtin(task) => task.leaves_itself_out(),
+            Self::Custom(task) => task.leaves_itself_out(),
+        }
+    }
+
     /// What is reported.
     #[must_use]
     pub fn metrics(&self) -> Vec<Metric> {
@@ -108,8 +121,8 @@ pub struct Task {
     pub sha256: String,
     /// The questions, in order.
     pub items: Vec<Item>,
-    /// Solved examples that are put before every question.
-    pub examples: Vec<Question>,
+    /// Solved examples that are put before each question.
+    pub examples: Examples,
 }
 
 impl Task {
@@ -125,29 +138,31 @@ impl Task {
         let bytes =
             std::fs::read(path).map_err(|source| EvalError::Read { path: path.into(), source })?;
         let sha256 = sha256_hex(&bytes);
-        Ok(Self { kind, path: path.into(), sha256, items, examples: Vec::new() })
+        Ok(Self { kind, path: path.into(), sha256, items, examples: Examples::default() })
     }
 
-    /// Puts the first `count` questions of a file, with their answers, before every
-    /// question (the harness' sampler `first_n`).
+    /// Puts `count` questions of a file, with their answers, before every question.
     ///
     /// # Errors
     /// As [`Task::open`]; fewer questions than that.
-    pub fn with_examples(mut self, path: &Path, count: usize) -> Result<Self, EvalError> {
-        let items = read_items(&self.kind, path, None)?;
-        if items.len() < count {
-            let what = format!("{} questions, and {count} examples are asked for", items.len());
-            return Err(EvalError::TaskFile { path: path.into(), what });
-        }
-        self.examples = items.into_iter().take(count).map(|item| item.question).collect();
+    pub fn with_examples(
+        mut self,
+        path: &Path,
+        count: usize,
+        sampler: Sampler,
+    ) -> Result<Self, EvalError> {
+        let pool = read_items(&self.kind, path, None)?;
+        let apart = self.kind.leaves_itself_out();
+        self.examples = Examples::choose(pool, &self.items, count, sampler, apart, path)?;
         Ok(self)
     }
 
-    /// The texts to score for a question: a context and a continuation for each choice.
+    /// The texts to score for a question, the `number`th from 0: a context and a
+    /// continuation for each choice.
     #[must_use]
-    pub fn pairs(&self, item: &Item) -> Vec<(String, String)> {
+    pub fn pairs(&self, number: usize, item: &Item) -> Vec<(String, String)> {
         let delimiters = self.kind.delimiters();
-        item.question.pairs(&delimiters.before(&self.examples), &delimiters)
+        item.question.pairs(&delimiters.before(self.examples.of(number)), &delimiters)
     }
 }
 
@@ -170,73 +185,4 @@ fn read_items(kind: &Kind, path: &Path, labels: Option<&Path>) -> Result<Vec<Ite
             Ok(Item { line: row.number, row: row.fields, question })
         })
         .collect()
-}
-
-/// How a task went.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TaskResult {
-    /// For each question that was asked, in order, what came out.
-    pub outcomes: Vec<Outcome>,
-    /// Questions whose contexts were cut from the left to fit the model.
-    pub truncated: usize,
-    /// Questions whose scores were taken from the journal.
-    pub resumed: usize,
-}
-
-impl TaskResult {
-    /// The mean of a metric over the questions and its standard error, that of a mean
-    /// of independent values (sample deviation over the root of their number); none for
-    /// a single question.
-    #[must_use]
-    pub fn mean(&self, metric: Metric) -> (f64, Option<f64>) {
-        let values = self.outcomes.iter().map(|o| (f64::from(u8::from(o.is_right(metric))), 1.0));
-        let (mean, error) = ratio(&values.collect::<Vec<_>>());
-        (mean.unwrap_or(f64::NAN), error)
-    }
-}
-
-/// Asks the first `limit` questions of a task (all: `None`). Those that the journal
-/// holds are not asked again. `progress` gets the questions done and in all.
-///
-/// # Errors
-/// A continuation longer than the model's context or without a token of its own, named
-/// by file and line; what the model or the journal returns.
-pub fn ask(
-    model: &mut dyn LanguageModel,
-    encoder: &dyn Encode,
-    task: &Task,
-    limit: Option<usize>,
-    journal: &mut Journal,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<TaskResult, EvalError> {
-    let items = &task.items[..limit.unwrap_or(usize::MAX).min(task.items.len())];
-    let context = model.context();
-    let mut result = TaskResult { outcomes: Vec::new(), truncated: 0, resumed: 0 };
-    for (i, item) in items.iter().enumerate() {
-        let wrong = |what| EvalError::Row { path: task.path.clone(), line: item.line, what };
-        let mut requests = Vec::new();
-        for (text, continuation) in task.pairs(item) {
-            requests.push(
-                encode_pair(encoder, &text, &continuation)?
-                    .and_then(|request| request.fit(context))
-                    .map_err(wrong)?,
-            );
-        }
-        result.truncated += usize::from(requests.iter().any(|r| r.truncated));
-        let key = journal::key(&requests);
-        let scores = match journal.find(task.kind.name(), &key) {
-            Some(scores) => {
-                result.resumed += 1;
-                scores
-            }
-            None => {
-                let scores = scoring::score(model, &requests)?;
-                journal.add(task.kind.name(), &key, &scores)?;
-                scores
-            }
-        };
-        result.outcomes.push(outcome(&item.question, scores));
-        progress(i + 1, items.len());
-    }
-    Ok(result)
 }

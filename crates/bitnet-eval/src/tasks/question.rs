@@ -46,7 +46,7 @@ impl Default for Delimiters {
 impl Delimiters {
     /// What stands before every question: the description and solved examples.
     #[must_use]
-    pub fn before(&self, examples: &[Question]) -> String {
+    pub fn before<'q>(&self, examples: impl IntoIterator<Item = &'q Question>) -> String {
         let mut text = self.description.clone();
         for example in examples {
             let (prompt, answer) = example.solved();

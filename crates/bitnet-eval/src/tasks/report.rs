@@ -1,14 +1,13 @@
 //! Results with the keys of lm-evaluation-harness: `results`, `configs`, `versions`,
 //! `n-shot`, and a line of samples for each question.
 
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{FOLLOWS, Item, Kind, Metric, Task, TaskResult};
+use super::{FOLLOWS, Item, Kind, Metric, Sampler, Task, TaskResult};
 use crate::source::sha256_hex;
 
 /// What a run's results say about the run.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone)]
 pub struct RunFacts {
     /// The model as it was named.
     pub model: String,
@@ -24,6 +23,8 @@ pub struct RunFacts {
     pub isa: &'static str,
     /// Examples before each question.
     pub num_fewshot: usize,
+    /// How they were chosen; none where there are none.
+    pub sampler: Option<Sampler>,
     /// Most questions of each task.
     pub limit: Option<usize>,
     /// Time spent, in seconds.
@@ -69,6 +70,7 @@ pub fn results(tasks: &[(Task, TaskResult)], facts: &RunFacts) -> Value {
                 "isa": facts.isa,
             },
             "limit": facts.limit,
+            "fewshot_seed": facts.sampler.and_then(Sampler::seed),
             "bitnet_eval_version": env!("CARGO_PKG_VERSION"),
         },
         "follows_lm_eval_version": FOLLOWS,
@@ -112,6 +114,7 @@ fn config(task: &Task, facts: &RunFacts) -> Value {
         "target_delimiter": delimiters.target,
         "fewshot_delimiter": delimiters.fewshot,
         "num_fewshot": facts.num_fewshot,
+        "fewshot_config": facts.sampler.map(|s| json!({"sampler": s.name()})),
         "metric_list": metrics,
         "metadata": {"version": task.kind.version()},
     });
@@ -131,7 +134,7 @@ pub fn samples<'a>(
 ) -> impl Iterator<Item = Value> + use<'a> {
     let metrics = task.kind.metrics();
     task.items.iter().zip(&result.outcomes).enumerate().map(move |(id, (item, outcome))| {
-        let pairs = task.pairs(item);
+        let pairs = task.pairs(id, item);
         let arguments = pairs.iter().enumerate().map(|(i, (context, continuation))| {
             (format!("gen_args_{i}"), json!({"arg_0": context, "arg_1": continuation}))
         });

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::question::Question;
 use crate::EvalError;
-use crate::model::LanguageModel;
+use crate::model::{LanguageModel, Sequence, TokenScore};
 use crate::words::is_space;
 
 /// Text to tokens.
@@ -112,27 +112,28 @@ pub struct Scored {
     pub greedy: bool,
 }
 
-/// Scores the continuations of one question.
+/// Scores continuations, of one question or of several.
 ///
 /// # Errors
 /// A log-probability that is no number; what the model returns.
 pub(super) fn score(
     model: &mut dyn LanguageModel,
-    requests: &[Request],
+    requests: &[&Request],
 ) -> Result<Vec<Scored>, EvalError> {
-    let mut scores = Vec::with_capacity(requests.len());
-    for request in requests {
-        let tokens = model.score(&request.tokens, request.first)?;
+    let sequences: Vec<Sequence<'_>> =
+        requests.iter().map(|r| Sequence { tokens: &r.tokens, first: r.first }).collect();
+    let scores = model.score_all(&sequences)?;
+    let scored = |(request, tokens): (&&Request, Vec<TokenScore>)| {
         if let Some(i) = tokens.iter().position(|t| !t.log_prob.is_finite()) {
             let position = (request.first + i) as u64;
             return Err(EvalError::NotFinite { position, value: tokens[i].log_prob });
         }
-        scores.push(Scored {
+        Ok(Scored {
             log_prob: tokens.iter().map(|t| t.log_prob).sum(),
             greedy: tokens.iter().all(|t| t.greedy),
-        });
-    }
-    Ok(scores)
+        })
+    };
+    requests.iter().zip(scores).map(scored).collect()
 }
 
 /// How a choice is made.
