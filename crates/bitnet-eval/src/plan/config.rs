@@ -25,6 +25,8 @@ pub struct Training {
     pub muon: bool,
     /// Whether quantisation is blended in.
     pub blends: bool,
+    /// Whether a teacher is followed, whose shape is in its own folder.
+    pub distills: bool,
     /// Tokens of the whole schedule.
     pub tokens: u64,
 }
@@ -39,6 +41,7 @@ struct File {
     optimizer: Optimizer,
     #[serde(default)]
     quantization: Quantization,
+    distill: Option<toml::Table>,
 }
 
 #[derive(Deserialize)]
@@ -95,7 +98,8 @@ pub fn load(name: &str) -> Result<Subject, EvalError> {
     let training = match (file.batch, file.schedule) {
         (Some(batch), Some(schedule)) => {
             let optimizer = file.optimizer.kind.as_deref().unwrap_or("adamw");
-            Some(training(&batch, &schedule, optimizer, file.quantization.blend).map_err(bad)?)
+            let training = training(&batch, &schedule, optimizer, file.quantization.blend);
+            Some(Training { distills: file.distill.is_some(), ..training.map_err(bad)? })
         }
         _ => None,
     };
@@ -138,6 +142,7 @@ fn training(
         recompute: batch.recompute,
         muon,
         blends: blend > 0.0,
+        distills: false,
         tokens: schedule.steps.saturating_mul(batch.tokens as u64),
     })
 }

@@ -147,6 +147,7 @@ fn training_is_planned_as_the_config_says() {
         recompute: false,
         muon: false,
         blends: false,
+        distills: false,
         tokens: 1_000_000,
     };
     subject.training = Some(training.clone());
@@ -164,12 +165,14 @@ fn training_is_planned_as_the_config_says() {
     let stated = planned(&subject, &stated).training.unwrap();
     assert!((stated.seconds / (10.0 * flop / 1e12) - 1.0).abs() < 1e-12 && stated.stated);
     // As many sequences as fit: all eight.
-    subject.training = Some(Training { micro_batch: None, muon: true, ..training });
+    subject.training =
+        Some(Training { micro_batch: None, muon: true, distills: true, ..training });
     let auto = planned(&subject, &small);
     let t = auto.training.as_ref().unwrap();
     assert_eq!(t.micro_batch, 8);
     assert_eq!(t.checkpoint_optimizer_bytes, 8 * count.total() - 4 * count.linear);
     assert!(auto.table().contains("training, 8 sequences at once"));
+    assert!(auto.table().contains("without the teacher"));
 }
 
 #[test]

@@ -1,8 +1,6 @@
 //! The head: logits, and the cross-entropy that never holds the logits of a
 //! whole batch.
 
-use std::sync::Arc;
-
 use bitnet_kernels::{DenseRows, MatMut, MatRef};
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use rayon::prelude::*;
@@ -187,11 +185,11 @@ struct LanguageLoss {
     teacher: Option<Teacher>,
 }
 
-/// [`SoftTargets`] on the host.
+/// [`SoftTargets`] on the host, sharing their storage.
 #[derive(Debug, Clone)]
 struct Teacher {
-    hidden: Arc<Vec<f32>>,
-    weight: Arc<Vec<f32>>,
+    hidden: Buffer,
+    weight: Buffer,
     cols: usize,
     temperature: f32,
     factor: f32,
@@ -199,10 +197,7 @@ struct Teacher {
 
 impl Teacher {
     fn new(targets: &SoftTargets) -> Self {
-        let values = |t: &Tensor<2>| {
-            let data = t.to_data().try_into_vec::<f32>();
-            Arc::new(data.unwrap_or_else(|e| unreachable!("a teacher computes in f32: {e:?}")))
-        };
+        let values = |t: &Tensor<2>| Buffer::of(t.clone());
         let [_, cols] = targets.hidden.dims();
         let (temperature, factor) = (targets.temperature, targets.factor);
         let (hidden, weight) = (values(&targets.hidden), values(&targets.weight));
@@ -211,14 +206,14 @@ impl Teacher {
 
     /// Its head as a right operand, `[cols, vocab]`.
     fn packed(&self, vocab: usize) -> Packed {
-        Packed::floats(MatRef::new(&self.weight, vocab, self.cols, self.cols).t())
+        Packed::floats(MatRef::new(self.weight.data(), vocab, self.cols, self.cols).t())
     }
 
     /// The logits of tokens `first..first + n`, `[n, vocab]`.
     fn logits(&self, packed: &Packed, first: usize, n: usize, vocab: usize) -> Vec<f32> {
         let cols = self.cols;
         let mut out = vec![0.0f32; n * vocab];
-        let x = MatRef::new(&self.hidden[first * cols..], n, cols, cols);
+        let x = MatRef::new(&self.hidden.data()[first * cols..], n, cols, cols);
         kernels().float_product(x, packed.view(), MatMut::new(&mut out, n, vocab), false);
         out
     }
