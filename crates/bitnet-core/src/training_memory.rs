@@ -441,6 +441,10 @@ impl<'c> Walk<'c> {
     fn projected(&self, l: &mut Ledger, which: Linear, width: u64, tracked: bool) {
         let normed = if self.model.sub_norms { self.rows(width) } else { 0 };
         l.hold(ACTIVATIONS, normed);
+        if self.model.keeps(which) < 1.0 {
+            // What is kept takes the place of all.
+            l.briefly(ACTIVATIONS, self.rows(width));
+        }
         self.linear(l, which, tracked);
         // The norm saves its input, the float projection its own.
         if !tracked {

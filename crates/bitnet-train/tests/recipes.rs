@@ -63,7 +63,7 @@ fn losses(config: &TrainConfig) -> Vec<f64> {
 #[test]
 fn every_recipe_learns_and_only_some_can_be_packed() {
     let dir = tempfile::tempdir().unwrap();
-    let cases: [(&str, &[&str], Option<&str>); 9] = [
+    let cases: [(&str, &[&str], Option<&str>); 11] = [
         ("ternary", &[], None),
         ("binary", &["model.weight_quantizer=binary"], None),
         ("absmedian", &["model.recipe.weight_scale=absmedian"], None),
@@ -73,8 +73,22 @@ fn every_recipe_learns_and_only_some_can_be_packed() {
         ("trilm", &["model.recipe.activations=none"], Some("model.recipe.activations = none")),
         (
             "a4.8",
-            &["model.recipe.activations=\"a4.8\"", "quantization.int8_until=0.5"],
-            Some("model.recipe.activations = a4.8"),
+            &[
+                "model.recipe.activations=\"a4.8\"",
+                "model.recipe.o_proj_keep=0.5",
+                "quantization.int8_until=0.5",
+            ],
+            Some("model.recipe.o_proj_keep = 0.5"),
+        ),
+        (
+            "top-k",
+            &["model.recipe.o_proj_keep=0.5", "model.recipe.down_proj_keep=0.25"],
+            Some("model.recipe.o_proj_keep = 0.5"),
+        ),
+        (
+            "int4",
+            &["model.recipe.activations=int4"],
+            Some("model.recipe.activations = int4"),
         ),
         (
             "v2",

@@ -44,6 +44,9 @@ fn shapes() -> Vec<TrainingShape> {
         if bit(3) {
             run.model.embedding_dtype = Dtype::F32;
         }
+        if activations == ActivationRecipe::A48 && bit(5) {
+            run.model.recipe.o_proj_keep = 0.5;
+        }
         run.recompute = bit(4);
         run.muon = bit(5);
         // One micro-step or two.

@@ -49,7 +49,9 @@ pub struct LayerRecipe {
 impl LayerRecipe {
     /// Whether one operation can compute it.
     pub(super) fn is_fused(&self) -> bool {
-        let fused = |r: LinearRecipe| !r.rotate && (r.is_integer() || r.is_float());
+        let fused = |r: LinearRecipe| {
+            !r.rotate && !r.sparsifies() && (r.is_integer() || r.is_float())
+        };
         fused(self.linear) && fused(self.output)
     }
 }

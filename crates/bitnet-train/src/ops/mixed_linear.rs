@@ -230,6 +230,7 @@ mod tests {
                             weights,
                             activations,
                             rotate,
+                            keep: 1.0,
                             blend,
                             int8_backward,
                         });

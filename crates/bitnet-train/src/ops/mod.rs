@@ -22,6 +22,7 @@ pub(crate) mod products;
 mod rms_norm;
 mod rotation;
 pub(crate) mod scratch;
+mod top_k;
 
 pub use attention::{AttentionShape, attention};
 pub use attention_layer::{AttentionWeights, LayerRecipe, attention_layer};

@@ -684,6 +684,7 @@ pub(super) mod testing {
             },
             activations,
             rotate: false,
+            keep: 1.0,
             blend: 1.0,
             int8_backward: false,
         };
