@@ -203,10 +203,7 @@ impl Recipe {
     /// The shares of inputs that are kept, by key.
     #[must_use]
     pub fn keeps(&self) -> [(&'static str, f64); 2] {
-        [
-            ("recipe.o_proj_keep", self.o_proj_keep),
-            ("recipe.down_proj_keep", self.down_proj_keep),
-        ]
+        [("recipe.o_proj_keep", self.o_proj_keep), ("recipe.down_proj_keep", self.down_proj_keep)]
     }
 }
 

@@ -87,7 +87,11 @@ impl DistillConfig {
         Ok(TeacherShape { model, logits: self.logits > 0.0, relations })
     }
 
-    fn check_teacher(&self, teacher: &ModelConfig, student: &ModelConfig) -> Result<(), TrainError> {
+    fn check_teacher(
+        &self,
+        teacher: &ModelConfig,
+        student: &ModelConfig,
+    ) -> Result<(), TrainError> {
         if teacher.vocab_size != student.vocab_size {
             let reason = format!(
                 "its vocabulary has {} tokens, the student's {}",

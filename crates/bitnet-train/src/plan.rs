@@ -96,7 +96,7 @@ pub(crate) fn resolve(
             return Ok(None);
         }
     }
-    if options.device != DeviceChoice::Cpu {
+    if options.device.first() != DeviceChoice::Cpu {
         return Err(auto(format!("is for the CPU alone; give a number for {}", options.device)));
     }
     let Some(available) = memory::available_bytes() else {

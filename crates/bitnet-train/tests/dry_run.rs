@@ -116,7 +116,8 @@ fn a_teacher_is_in_the_prediction() {
         (["distill.logits=1", "distill.relations=0"], "batch.recompute=true"),
         (["distill.logits=0", "distill.relations=1"], "batch.recompute=false"),
     ] {
-        let set: Vec<&str> = MODEL.into_iter().chain(teacher).chain(what).chain([recompute]).collect();
+        let set: Vec<&str> =
+            MODEL.into_iter().chain(teacher).chain(what).chain([recompute]).collect();
         let plan = json(command(dir.path(), "tiny", &set).arg("--dry-run"));
         // At least its weights: 4 blocks of 3.5 matrices 320 · 320 and 3 of 640 · 320.
         assert!(plan["tensors"]["teacher"].as_u64().unwrap() > 4 * 4 * 970_000, "{plan}");

@@ -28,12 +28,7 @@ pub struct RelationShape {
 impl TeacherShape {
     /// A run of the teacher, of which its forward pass is walked.
     fn run(&self, student: &TrainingShape) -> TrainingShape {
-        TrainingShape {
-            model: self.model.clone(),
-            blends: false,
-            teacher: None,
-            ..student.clone()
-        }
+        TrainingShape { model: self.model.clone(), blends: false, teacher: None, ..student.clone() }
     }
 }
 

@@ -165,8 +165,7 @@ fn training_is_planned_as_the_config_says() {
     let stated = planned(&subject, &stated).training.unwrap();
     assert!((stated.seconds / (10.0 * flop / 1e12) - 1.0).abs() < 1e-12 && stated.stated);
     // As many sequences as fit: all eight.
-    subject.training =
-        Some(Training { micro_batch: None, muon: true, distills: true, ..training });
+    subject.training = Some(Training { micro_batch: None, muon: true, distills: true, ..training });
     let auto = planned(&subject, &small);
     let t = auto.training.as_ref().unwrap();
     assert_eq!(t.micro_batch, 8);

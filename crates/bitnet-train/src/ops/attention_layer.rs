@@ -49,9 +49,8 @@ pub struct LayerRecipe {
 impl LayerRecipe {
     /// Whether one operation can compute it.
     pub(super) fn is_fused(&self) -> bool {
-        let fused = |r: LinearRecipe| {
-            !r.rotate && !r.sparsifies() && (r.is_integer() || r.is_float())
-        };
+        let fused =
+            |r: LinearRecipe| !r.rotate && !r.sparsifies() && (r.is_integer() || r.is_float());
         fused(self.linear) && fused(self.output)
     }
 }
