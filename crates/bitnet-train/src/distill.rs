@@ -197,10 +197,12 @@ fn is_relation(which: Linear) -> bool {
 /// What the head is trained towards, and the teacher's queries, keys and values
 /// where their relations count.
 pub(crate) fn objective(
+    model: &Transformer,
     examples: &Examples,
     teacher: Option<&Teacher>,
 ) -> (Objective, Vec<Tensor<2>>) {
-    let objective = Objective { weights: examples.weights.clone(), ..Objective::default() };
+    let (weights, bf16) = (examples.weights.clone(), model.is_bf16());
+    let objective = Objective { weights, bf16, ..Objective::default() };
     let Some(teacher) = teacher else { return (objective, Vec::new()) };
     let (soft, seen) = teacher.answer(examples);
     let cross_entropy = teacher.config.cross_entropy as f32;
@@ -211,7 +213,7 @@ pub(crate) fn objective(
 /// The loss of a model on examples: the cross-entropy, and what a teacher adds.
 pub fn loss(model: &Transformer, examples: &Examples, teacher: Option<&Teacher>) -> Tensor<1> {
     let [batch, time] = examples.tokens.dims();
-    let (objective, relations) = objective(examples, teacher);
+    let (objective, relations) = objective(model, examples, teacher);
     let last = model.blocks.len() - 1;
     let watched = teacher
         .filter(|_| !relations.is_empty())

@@ -21,6 +21,7 @@ pub mod ops;
 pub mod optim;
 pub mod plan;
 pub mod plot;
+pub mod precision;
 pub mod profile;
 pub mod progress;
 pub mod ranks;

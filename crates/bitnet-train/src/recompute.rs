@@ -27,7 +27,7 @@ pub fn gradients(
     sum: &mut GradientSum,
 ) -> f32 {
     if recompute {
-        let (objective, _) = distill::objective(examples, teacher);
+        let (objective, _) = distill::objective(model, examples, teacher);
         let targets = examples.targets.clone().flatten(0, 1);
         // The teacher's predictions go with the loss, before the blocks run again.
         return backward(model, examples, sum, move |hidden, head| {

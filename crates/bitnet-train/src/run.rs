@@ -156,6 +156,7 @@ impl<'r> Trainer<'r> {
         corpus::check(&config, &train, &validation, &tokenizer)?;
         let devices: Vec<Device> =
             options.device.open()?.into_iter().map(Device::autodiff).collect();
+        config.precision.check(&options.device, &devices)?;
         let device = devices[0].clone();
         if ranks.size() > 1 && config.batch.micro_batch == 0 {
             let what = "batch.micro_batch = \"auto\" knows one process; give a number";
@@ -219,7 +220,7 @@ impl<'r> Trainer<'r> {
         }
         let steps = config.schedule.steps;
         let end = options.until.map_or(steps, |until| until.min(steps));
-        config.quantization.at(state.step, steps).apply(&config.model, &mut model);
+        stage_at(&config, state.step).apply(&config.model, &mut model);
         let tensorboard = config.metrics.tensorboard;
         let record = match ranks.is_first() {
             true => Some(Recorder::open(run_dir, after, tensorboard)?),
@@ -467,8 +468,7 @@ impl<'r> Trainer<'r> {
         model = self.optimizer.step(model, sum, norm, micro_steps, rates);
         let tokens = self.config.batch.tokens as u64;
         self.state.step += 1;
-        let stage = self.config.quantization.at(self.state.step, self.config.schedule.steps);
-        stage.apply(&self.config.model, &mut model);
+        stage_at(&self.config, self.state.step).apply(&self.config.model, &mut model);
         self.state.tokens += tokens;
         let metric = TrainMetric {
             step: self.state.step,
@@ -570,6 +570,13 @@ impl<'r> Trainer<'r> {
         let step = self.state.step + 1;
         TrainError::NonFinite { what, value, step, checkpoint: self.checkpoint.clone() }
     }
+}
+
+/// What holds in the step that follows `step` complete ones.
+fn stage_at(config: &TrainConfig, step: u64) -> Stage {
+    let steps = config.schedule.steps;
+    let bf16 = step < steps && !config.precision.is_f32();
+    Stage { bf16, ..config.quantization.at(step, steps) }
 }
 
 /// Makes the run folder and claims it, so that two runs never write into one.

@@ -39,17 +39,20 @@ pub struct Stage {
     pub int8: bool,
     /// See [`LinearRecipe::int8_backward`].
     pub int8_backward: bool,
+    /// See [`LinearRecipe::bf16`].
+    pub bf16: bool,
 }
 
 impl Stage {
     /// The finished model.
-    pub const FINAL: Self = Self { blend: 1.0, int8: false, int8_backward: false };
+    pub const FINAL: Self = Self { blend: 1.0, int8: false, int8_backward: false, bf16: false };
 
     /// The recipe of a linear layer in this stage.
     #[must_use]
     pub fn recipe(self, config: &ModelConfig, linear: Linear) -> LinearRecipe {
-        let Self { blend, int8_backward, .. } = self;
-        let recipe = LinearRecipe { blend, int8_backward, ..LinearRecipe::new(config, linear) };
+        let Self { blend, int8_backward, bf16, .. } = self;
+        let recipe =
+            LinearRecipe { blend, int8_backward, bf16, ..LinearRecipe::new(config, linear) };
         let narrow = [ActivationQuantizer::Int4, ActivationQuantizer::Int4Absmean];
         if !self.int8 {
             return recipe;
@@ -85,7 +88,7 @@ impl StageConfig {
             1.0
         };
         let (int8, int8_backward) = (step < share(self.int8_until), self.int8_backward);
-        Stage { blend, int8, int8_backward }
+        Stage { blend, int8, int8_backward, bf16: false }
     }
 
     /// Checks the table against the model.
@@ -196,7 +199,7 @@ mod tests {
             recipe: serde_json::from_str(r#"{"activations":"a4.8","o_proj_keep":0.5}"#).unwrap(),
             ..ModelConfig::tiny()
         };
-        let early = Stage { blend: 1.0, int8: true, int8_backward: false };
+        let early = Stage { int8: true, ..Stage::FINAL };
         assert_eq!(early.recipe(&config, Linear::Q).activations, ActivationQuantizer::Int8);
         let last = Stage::FINAL;
         assert_eq!(last.recipe(&config, Linear::Q).activations, ActivationQuantizer::Int4Absmean);

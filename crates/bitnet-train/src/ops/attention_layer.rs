@@ -258,6 +258,7 @@ mod tests {
             head_dim,
             rope_theta: 1e4,
             documents: Some([7, 30, 37].into()),
+            bf16: false,
         };
         for recipe in recipes() {
             let recipe = LayerRecipe { linear: recipe, output: recipe, eps: 1e-5 };

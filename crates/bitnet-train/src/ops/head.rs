@@ -5,6 +5,7 @@ use bitnet_kernels::{DenseRows, MatMut, MatRef};
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use rayon::prelude::*;
 
+use super::bf16;
 use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels};
 use super::embedding::host_tokens;
 use super::products::{self, Packed};
@@ -36,7 +37,11 @@ pub fn logits(hidden: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 
 /// The same with tensor operations.
 pub fn plain_logits(hidden: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    hidden.matmul(weight.transpose())
+    head_product(hidden, weight, false)
+}
+
+fn head_product(hidden: Tensor<2>, weight: Tensor<2>, bf16: bool) -> Tensor<2> {
+    bf16::matmul(hidden, weight.transpose(), bf16)
 }
 
 #[derive(Debug, Clone)]
@@ -86,11 +91,13 @@ pub struct Objective {
     pub cross_entropy: f32,
     /// Soft targets, for distillation.
     pub teacher: Option<SoftTargets>,
+    /// Whether the logits, and their gradients, are products in bf16. On GPUs.
+    pub bf16: bool,
 }
 
 impl Default for Objective {
     fn default() -> Self {
-        Self { weights: None, cross_entropy: 1.0, teacher: None }
+        Self { weights: None, cross_entropy: 1.0, teacher: None, bf16: false }
     }
 }
 
@@ -153,14 +160,14 @@ pub fn plain_language_loss(
 ) -> Tensor<1> {
     let [tokens] = targets.dims();
     let device = hidden.device();
-    let logits = plain_logits(hidden, weight);
+    let logits = head_product(hidden, weight, objective.bf16);
     let log_probabilities = activation::log_softmax(logits.clone(), 1);
     let ce = log_probabilities.gather(1, targets.reshape([tokens, 1])).neg();
     let mut loss = ce.mul_scalar(objective.cross_entropy);
     if let Some(teacher) = &objective.teacher {
         let soft =
             |logits: Tensor<2>| activation::log_softmax(logits.div_scalar(teacher.temperature), 1);
-        let given = plain_logits(teacher.hidden.clone(), teacher.weight.clone());
+        let given = head_product(teacher.hidden.clone(), teacher.weight.clone(), objective.bf16);
         let given = if device.is_autodiff() { Tensor::from_inner(given) } else { given };
         let given = soft(given);
         let divergence = (given.clone().exp() * (given - soft(logits))).sum_dim(1);
@@ -390,7 +397,12 @@ mod tests {
         for objective in [
             Objective { weights: Some(mask.clone()), ..Objective::default() },
             Objective { teacher: Some(teacher(3.0)), ..Objective::default() },
-            Objective { weights: Some(mask), cross_entropy: 0.0, teacher: Some(teacher(1.0)) },
+            Objective {
+                weights: Some(mask),
+                cross_entropy: 0.0,
+                teacher: Some(teacher(1.0)),
+                bf16: false,
+            },
         ] {
             type Loss = fn(Tensor<2>, Tensor<2>, Tensor<1, Int>, &Objective) -> Tensor<1>;
             let run = |f: Loss| {

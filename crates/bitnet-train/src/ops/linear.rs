@@ -4,6 +4,7 @@ use bitnet_core::quantizer::{Granularity, hadamard_block};
 use bitnet_core::{ActivationQuantizer, ModelConfig, WeightQuantizer, WeightScheme, names};
 use burn::tensor::{Device, Tensor, TensorData};
 
+use super::bf16;
 use super::bit_linear::bit_linear;
 use super::cpu::is_cpu;
 use super::{mixed_linear, rotation, top_k};
@@ -27,6 +28,8 @@ pub struct LinearRecipe {
     /// Whether the gradient of the inputs is an integer product too, of gradients
     /// quantised to int8 per token (SwitchBack, arXiv:2304.13013). On the CPU.
     pub int8_backward: bool,
+    /// Whether products of floats, gradients among them, are in bf16. On GPUs.
+    pub bf16: bool,
 }
 
 impl LinearRecipe {
@@ -38,6 +41,7 @@ impl LinearRecipe {
         keep: 1.0,
         blend: 1.0,
         int8_backward: false,
+        bf16: false,
     };
 
     /// That of a layer of a model.
@@ -50,6 +54,7 @@ impl LinearRecipe {
             keep: config.keeps(linear),
             blend: 1.0,
             int8_backward: false,
+            bf16: false,
         }
     }
 
@@ -87,7 +92,8 @@ pub fn quantized_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -
     let x = if recipe.sparsifies() { top_k::sparsify(x, recipe.keep, recipe.blend) } else { x };
     if recipe.is_float() {
         // Nothing of the recipe is left, on the CPU in the order of its products.
-        return mixed_linear::mixed_linear(x, weight, LinearRecipe::FLOAT);
+        let float = LinearRecipe { bf16: recipe.bf16, ..LinearRecipe::FLOAT };
+        return mixed_linear::mixed_linear(x, weight, float);
     }
     if recipe.is_integer() {
         return bit_linear(x, weight, recipe);
@@ -100,7 +106,7 @@ pub fn plain(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2>
     let x = if recipe.rotate { rotation::plain(x) } else { x };
     let x = if recipe.sparsifies() { top_k::plain(x, recipe.keep, recipe.blend) } else { x };
     if recipe.is_float() {
-        return linear(x, weight);
+        return bf16::matmul(x, weight.transpose(), recipe.bf16);
     }
     if recipe.is_integer() {
         return super::bit_linear::plain(x, weight, recipe);

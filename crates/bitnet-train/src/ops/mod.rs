@@ -9,6 +9,7 @@
 
 mod attention;
 mod attention_layer;
+mod bf16;
 mod bit_linear;
 pub(crate) mod cpu;
 mod embedding;

@@ -687,6 +687,7 @@ pub(super) mod testing {
             keep: 1.0,
             blend: 1.0,
             int8_backward: false,
+            bf16: false,
         };
         vec![
             of(WeightQuantizer::Ternary, ActivationQuantizer::Int8),
