@@ -242,6 +242,16 @@ impl ModelConfig {
         self.recipe.hadamard && linear.writes_residual()
     }
 
+    /// The share of a linear layer's inputs that is kept before it is quantised.
+    #[must_use]
+    pub fn keeps(&self, linear: Linear) -> f64 {
+        match linear {
+            Linear::O => self.recipe.o_proj_keep,
+            Linear::Down => self.recipe.down_proj_keep,
+            _ => 1.0,
+        }
+    }
+
     /// Checks that the packed format, and so the engine, can hold this recipe:
     /// one scale a matrix and int8 activations, or no quantiser at all.
     ///
@@ -266,6 +276,12 @@ impl ModelConfig {
         if recipe.hadamard {
             let reason = "the engine does not rotate activations";
             return refuse("recipe.hadamard", "true", reason);
+        }
+        for (key, share) in recipe.keeps() {
+            if share != 1.0 {
+                let reason = "the engine multiplies all activations, none is left out";
+                return refuse(key, &share.to_string(), reason);
+            }
         }
         let value = match recipe.activations {
             ActivationRecipe::Int8 => return Ok(()),
@@ -371,6 +387,16 @@ impl ModelConfig {
             let reason = "has no use with weight_quantizer = none".to_owned();
             return error("recipe", &"(given)", reason);
         }
+        for (key, share) in self.recipe.keeps() {
+            if !(share > 0.0 && share <= 1.0) {
+                return error(key, &share, "must be greater than 0 and at most 1".to_owned());
+            }
+            if share < 1.0 && self.recipe.hadamard {
+                let reason = "has no use with recipe.hadamard = true, which spreads the \
+                              magnitudes that it would choose by";
+                return error(key, &share, reason.to_owned());
+            }
+        }
         let Granularity::Group(group) = self.recipe.granularity else { return Ok(()) };
         for linear in Linear::ALL {
             let [_, cols] = linear.shape(self);
@@ -446,6 +472,8 @@ mod tests {
             (r#"{"activations":"a4.8"}"#, "model.recipe.activations = a4.8: "),
             (r#"{"activations":"none"}"#, "model.recipe.activations = none: "),
             (r#"{"hadamard":true}"#, "model.recipe.hadamard = true: "),
+            (r#"{"o_proj_keep":0.5}"#, "model.recipe.o_proj_keep = 0.5: the engine"),
+            (r#"{"down_proj_keep":0.9}"#, "model.recipe.down_proj_keep = 0.9: the engine"),
         ] {
             let config = with(recipe);
             config.validate().unwrap();
@@ -454,6 +482,17 @@ mod tests {
         }
         let error = with(r#"{"granularity":48}"#).validate().unwrap_err().to_string();
         assert!(error.contains("48: does not divide the 64 columns of model.layers.0"), "{error}");
+        for (recipe, message) in [
+            (r#"{"o_proj_keep":0.0}"#, "model.recipe.o_proj_keep = 0: must be"),
+            (r#"{"down_proj_keep":1.5}"#, "model.recipe.down_proj_keep = 1.5: must be"),
+            (
+                r#"{"o_proj_keep":0.5,"hadamard":true}"#,
+                "model.recipe.o_proj_keep = 0.5: has no use with recipe.hadamard",
+            ),
+        ] {
+            let error = with(recipe).validate().unwrap_err().to_string();
+            assert!(error.starts_with(message), "{error}");
+        }
         let twin =
             ModelConfig { weight_quantizer: WeightQuantizer::None, ..with(r#"{"hadamard":true}"#) };
         assert_eq!(twin.validate().unwrap_err().key, "recipe");

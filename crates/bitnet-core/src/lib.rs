@@ -14,6 +14,7 @@ pub mod names;
 pub mod quantizer;
 pub mod rope;
 pub mod ternary;
+pub mod top_k;
 pub mod training_memory;
 
 pub use config::{Activation, ConfigError, Dtype, ModelConfig, ParameterCount, WeightQuantizer};

@@ -107,8 +107,8 @@ pub enum ActivationRecipe {
     /// All by [`ActivationQuantizer::Int4`] (BitNet v2, arXiv:2504.18415).
     Int4,
     /// Those of `o_proj` and `down_proj` as int8, all others by
-    /// [`ActivationQuantizer::Int4Absmean`] (BitNet a4.8, arXiv:2411.04965,
-    /// without its sparsification).
+    /// [`ActivationQuantizer::Int4Absmean`] (BitNet a4.8, arXiv:2411.04965; its
+    /// sparsification is [`Recipe::o_proj_keep`]).
     #[serde(rename = "a4.8")]
     A48,
     /// Not at all (TriLM, arXiv:2407.12327).
@@ -163,7 +163,7 @@ fn mean_of(sum: f64, count: usize) -> f32 {
 
 /// What a model's linear layers are trained with besides the quantiser of their
 /// weights. The default is BitNet b1.58.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Recipe {
     /// The statistic that gives the weight scale.
@@ -175,6 +175,40 @@ pub struct Recipe {
     /// Whether the inputs of `o_proj` and `down_proj` are rotated by a Hadamard
     /// matrix before they are quantised (BitNet v2, arXiv:2504.18415).
     pub hadamard: bool,
+    /// The share of `o_proj`'s inputs that is kept, by magnitude and token by token; the
+    /// others become 0 before they are quantised ([`crate::top_k`]). 1 keeps all. BitNet
+    /// a4.8 (arXiv:2411.04965) keeps half.
+    #[serde(skip_serializing_if = "is_one")]
+    pub o_proj_keep: f64,
+    /// The same of `down_proj`'s inputs. BitNet a4.8 keeps all: the squared ReLU of the
+    /// gate makes most of them 0 already.
+    #[serde(skip_serializing_if = "is_one")]
+    pub down_proj_keep: f64,
+}
+
+impl Default for Recipe {
+    fn default() -> Self {
+        Self {
+            weight_scale: ScaleStatistic::default(),
+            granularity: Granularity::default(),
+            activations: ActivationRecipe::default(),
+            hadamard: false,
+            o_proj_keep: 1.0,
+            down_proj_keep: 1.0,
+        }
+    }
+}
+
+impl Recipe {
+    /// The shares of inputs that are kept, by key.
+    #[must_use]
+    pub fn keeps(&self) -> [(&'static str, f64); 2] {
+        [("recipe.o_proj_keep", self.o_proj_keep), ("recipe.down_proj_keep", self.down_proj_keep)]
+    }
+}
+
+fn is_one(share: &f64) -> bool {
+    *share == 1.0
 }
 
 /// How a matrix of master weights becomes integers and scales.

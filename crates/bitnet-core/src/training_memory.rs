@@ -6,10 +6,10 @@
 //! second knows no training code. Every line stands for an allocation in bitnet-train's
 //! `ops`, `optim` or `recompute`; who changes what an operation saves for its backward
 //! pass changes its line here. `experiments/0005-memory` compares the result with
-//! measured peaks. A teacher's weights and activations are not in it: its shape is in
-//! its own folder.
+//! measured peaks.
 
 mod fused;
+mod teacher;
 
 use std::collections::BTreeMap;
 
@@ -18,6 +18,8 @@ use serde::Serialize;
 use crate::names::{Linear, Norm};
 use crate::quantizer::{ActivationQuantizer, Granularity};
 use crate::{Dtype, Layout, ModelConfig, WeightQuantizer};
+
+pub use teacher::{RelationShape, TeacherShape};
 
 /// What of a training run its memory depends on.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,6 +38,8 @@ pub struct TrainingShape {
     pub muon: bool,
     /// Whether quantisation is blended in: products are of floats then.
     pub blends: bool,
+    /// The teacher that is followed, if there is one.
+    pub teacher: Option<TeacherShape>,
 }
 
 /// How a linear layer multiplies: what it saves depends on it.
@@ -67,6 +71,8 @@ pub struct Parts {
     pub head: u64,
     /// A checkpoint's copy of the weights.
     pub checkpoint: u64,
+    /// A teacher: its weights, its predictions and the relations of both models.
+    pub teacher: u64,
 }
 
 impl Parts {
@@ -79,6 +85,7 @@ impl Parts {
             + self.activations
             + self.head
             + self.checkpoint
+            + self.teacher
     }
 }
 
@@ -101,6 +108,7 @@ const GRADIENTS: Part = |p| &mut p.gradients;
 const ACTIVATIONS: Part = |p| &mut p.activations;
 const HEAD: Part = |p| &mut p.head;
 const CHECKPOINT: Part = |p| &mut p.checkpoint;
+const TEACHER: Part = |p| &mut p.teacher;
 
 impl Ledger {
     fn hold(&mut self, part: Part, bytes: u64) {
@@ -227,6 +235,9 @@ impl<'c> Walk<'c> {
         let muon = self.run.muon;
         let state = if muon { 2 * count.total() - count.linear } else { 2 * count.total() };
         l.hold(OPTIMIZER, F32 * state);
+        if let Some(teacher) = &self.run.teacher {
+            l.hold(TEACHER, F32 * teacher.model.parameter_count().total());
+        }
 
         l.moment = "evaluation";
         self.evaluation(l);
@@ -279,6 +290,8 @@ impl<'c> Walk<'c> {
     fn ordinary(&self, l: &mut Ledger, first: bool) {
         let (hidden, layers) = (self.rows(self.d), self.model.num_hidden_layers);
         let count = self.model.parameter_count();
+        let watched = self.watched();
+        self.teacher_forward(l);
         l.moment = "forward";
         // The stored head lives until the loss, the stored embedding until the
         // look-up.
@@ -287,16 +300,24 @@ impl<'c> Walk<'c> {
             l.briefly(HEAD, self.stored());
         }
         l.hold(ACTIVATIONS, hidden);
-        for _ in 0..layers {
-            self.block_forward(l, true);
+        for layer in 0..layers {
+            match watched == Some(layer) {
+                true => self.separate_forward(l, true),
+                false => self.block_forward(l, true),
+            }
         }
         l.moment = "loss";
         self.loss(l, true);
         l.free(HEAD, self.stored());
+        self.relations(l);
         l.moment = "backward";
+        self.relations_backward(l);
         self.loss_backward(l);
-        for _ in 0..layers {
-            self.block_backward(l);
+        for layer in (0..layers).rev() {
+            match watched == Some(layer) {
+                true => self.watched_backward(l),
+                false => self.block_backward(l),
+            }
         }
         // The look-up's gradient is a whole table; a shared head's is added to it.
         let table = F32 * self.table;
@@ -318,6 +339,7 @@ impl<'c> Walk<'c> {
         let (hidden, layers) = (self.rows(self.d), self.model.num_hidden_layers as u64);
         let count = self.model.parameter_count();
         let (table, linear) = (F32 * self.table, F32 * count.linear / layers.max(1));
+        self.teacher_forward(l);
         l.moment = "forward";
         l.briefly(HEAD, self.stored());
         l.hold(ACTIVATIONS, hidden);
@@ -419,6 +441,10 @@ impl<'c> Walk<'c> {
     fn projected(&self, l: &mut Ledger, which: Linear, width: u64, tracked: bool) {
         let normed = if self.model.sub_norms { self.rows(width) } else { 0 };
         l.hold(ACTIVATIONS, normed);
+        if self.model.keeps(which) < 1.0 {
+            // What is kept takes the place of all.
+            l.briefly(ACTIVATIONS, self.rows(width));
+        }
         self.linear(l, which, tracked);
         // The norm saves its input, the float projection its own.
         if !tracked {
@@ -442,6 +468,11 @@ impl<'c> Walk<'c> {
         if self.is_fused() {
             return self.fused_forward(l, tracked);
         }
+        self.separate_forward(l, tracked);
+    }
+
+    /// A block as operations of their own.
+    fn separate_forward(&self, l: &mut Ledger, tracked: bool) {
         let hidden = self.rows(self.d);
         let norms = Norm::of(self.model).len() as u64 * self.rows(1);
         if tracked {
@@ -488,6 +519,11 @@ impl<'c> Walk<'c> {
         if self.is_fused() {
             return self.fused_backward(l);
         }
+        self.separate_backward(l);
+    }
+
+    /// The reverse of [`Self::separate_forward`].
+    fn separate_backward(&self, l: &mut Ledger) {
         let hidden = self.rows(self.d);
         let (gate, qkv) = (2 * self.rows(self.f), self.rows(self.q + 2 * self.kv));
         let input = if self.keeps_input(Linear::Q) { hidden } else { 0 };
@@ -547,6 +583,7 @@ impl<'c> Walk<'c> {
         }
         l.take(HEAD, logits);
         if tracked {
+            self.teacher_logits(l, round);
             l.take(HEAD, F32 * round * self.d);
             l.give(HEAD, F32 * round * self.d);
             l.give(HEAD, table);
@@ -565,6 +602,7 @@ impl<'c> Walk<'c> {
         // The gradient of the last block's output takes that output's place.
         l.briefly(ACTIVATIONS, hidden);
         l.free(HEAD, hidden);
+        self.teacher_done(l);
     }
 }
 

@@ -7,6 +7,7 @@ use bitnet_core::{Exit, ExitError};
 use bitnet_format::json::write_json;
 use bitnet_train::bench::{self, BenchOptions};
 use bitnet_train::device::DeviceChoice;
+use bitnet_train::devices::DeviceList;
 use bitnet_train::progress::View;
 use bitnet_train::{TrainError, config_file, report, reproduce, scaling, sweep};
 use clap::Args;
@@ -202,11 +203,10 @@ pub(crate) struct On {
     #[arg(long)]
     plain: bool,
 
-    /// cpu, ndarray, wgpu[:n] or cuda[:n]; `rank` for n: the number that a launcher
-    /// gave this process on its machine.[default: cpu; of a run that is reproduced:
-    /// its own].
+    /// cpu, ndarray, wgpu[:n] or cuda[:n], or several GPUs as cuda:0,cuda:1 [default:
+    /// cpu; of a run that is reproduced: its own].
     #[arg(long, value_name = "DEVICE")]
-    device: Option<DeviceChoice>,
+    device: Option<DeviceList>,
 }
 
 impl On {
@@ -254,9 +254,9 @@ impl Sweep {
             name.push("-sweep");
             name.into()
         });
-        let device = self.on.device.unwrap_or(DeviceChoice::Cpu);
+        let device = self.on.device.clone().unwrap_or(DeviceChoice::Cpu.into());
         let stop = on_interrupt()?;
-        let table = sweep::sweep(&config, &variants, &dir, device, &stop, self.on.view());
+        let table = sweep::sweep(&config, &variants, &dir, &device, &stop, self.on.view());
         let table = table.map_err(|error| interrupted(error, &dir))?;
         if let Some(page) = &self.report {
             let folders = table.folders(&dir);
@@ -321,7 +321,7 @@ impl Reproduce {
             into: self.into.clone().unwrap_or_else(|| temporary.path().join("run")),
             steps: self.steps,
             data: self.data.clone(),
-            device: self.on.device,
+            device: self.on.device.clone(),
         };
         let found = reproduce::reproduce(&request, &on_interrupt()?, self.on.view());
         let comparison = found.map_err(|error| match error {

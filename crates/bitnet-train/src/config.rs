@@ -12,6 +12,7 @@ use crate::TrainError;
 pub use crate::corpus::{DataConfig, MixtureConfig, Reduction};
 use crate::distill::DistillConfig;
 use crate::optim::OptimizerConfig;
+use crate::precision::Precision;
 use crate::schedule::ScheduleConfig;
 use crate::stage::StageConfig;
 use crate::start::StartConfig;
@@ -27,6 +28,9 @@ pub struct TrainConfig {
     pub run_dir: PathBuf,
     /// Seed of the initial weights and of sampling.
     pub seed: u64,
+    /// In what floats are multiplied.
+    #[serde(default, skip_serializing_if = "Precision::is_f32")]
+    pub precision: Precision,
     /// The model.
     pub model: ModelConfig,
     /// Weights to begin with; none: random ones.
@@ -237,6 +241,7 @@ pub(crate) mod tests {
             name: "small".into(),
             run_dir: dir.join("run"),
             seed: 1,
+            precision: Precision::F32,
             model: ModelConfig::tiny(),
             start: None,
             quantization: StageConfig::default(),

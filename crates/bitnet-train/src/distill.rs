@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use bitnet_core::ModelConfig;
 use bitnet_core::names::Linear;
+use bitnet_core::training_memory::{RelationShape, TeacherShape};
 use burn::tensor::{Device, Int, Tensor, activation};
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +75,33 @@ impl DistillConfig {
         self.check_relations("the student", student)
     }
 
+    /// What of the teacher a run's memory depends on, read from its folder.
+    ///
+    /// # Errors
+    /// As [`Teacher::open`].
+    pub fn shape(&self, student: &ModelConfig) -> Result<TeacherShape, TrainError> {
+        let model = start::read_config(&self.teacher)?;
+        self.check_teacher(&model, student)?;
+        let (heads, layer) = (self.relation_heads, self.relation_layer);
+        let relations = (self.relations > 0.0).then_some(RelationShape { heads, layer });
+        Ok(TeacherShape { model, logits: self.logits > 0.0, relations })
+    }
+
+    fn check_teacher(
+        &self,
+        teacher: &ModelConfig,
+        student: &ModelConfig,
+    ) -> Result<(), TrainError> {
+        if teacher.vocab_size != student.vocab_size {
+            let reason = format!(
+                "its vocabulary has {} tokens, the student's {}",
+                teacher.vocab_size, student.vocab_size
+            );
+            return Err(TrainError::value("distill.teacher", self.teacher.display(), reason));
+        }
+        self.check_relations("the teacher", teacher)
+    }
+
     fn check_relations(&self, who: &str, model: &ModelConfig) -> Result<(), TrainError> {
         let (heads, kv) = (self.relation_heads, model.key_value_size());
         if heads == 0 || !kv.is_multiple_of(heads) || !model.query_size().is_multiple_of(heads) {
@@ -127,14 +155,7 @@ impl Teacher {
         device: &Device,
     ) -> Result<Self, TrainError> {
         let (model, found) = start::read_model(&config.teacher, device)?;
-        if found.vocab_size != student.vocab_size {
-            let reason = format!(
-                "its vocabulary has {} tokens, the student's {}",
-                found.vocab_size, student.vocab_size
-            );
-            return Err(TrainError::value("distill.teacher", config.teacher.display(), reason));
-        }
-        config.check_relations("the teacher", &found)?;
+        config.check_teacher(&found, student)?;
         let layer = config.relation_layer.unwrap_or(found.num_hidden_layers - 1);
         Ok(Self { model, config: config.clone(), layer, device: device.clone() })
     }
@@ -176,10 +197,12 @@ fn is_relation(which: Linear) -> bool {
 /// What the head is trained towards, and the teacher's queries, keys and values
 /// where their relations count.
 pub(crate) fn objective(
+    model: &Transformer,
     examples: &Examples,
     teacher: Option<&Teacher>,
 ) -> (Objective, Vec<Tensor<2>>) {
-    let objective = Objective { weights: examples.weights.clone(), ..Objective::default() };
+    let (weights, bf16) = (examples.weights.clone(), model.is_bf16());
+    let objective = Objective { weights, bf16, ..Objective::default() };
     let Some(teacher) = teacher else { return (objective, Vec::new()) };
     let (soft, seen) = teacher.answer(examples);
     let cross_entropy = teacher.config.cross_entropy as f32;
@@ -190,7 +213,7 @@ pub(crate) fn objective(
 /// The loss of a model on examples: the cross-entropy, and what a teacher adds.
 pub fn loss(model: &Transformer, examples: &Examples, teacher: Option<&Teacher>) -> Tensor<1> {
     let [batch, time] = examples.tokens.dims();
-    let (objective, relations) = objective(examples, teacher);
+    let (objective, relations) = objective(model, examples, teacher);
     let last = model.blocks.len() - 1;
     let watched = teacher
         .filter(|_| !relations.is_empty())

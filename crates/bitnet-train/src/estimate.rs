@@ -1,7 +1,7 @@
 //! What memory a run will take, before it runs: the ledger of
 //! [`bitnet_core::training_memory`] for a config.
 
-use bitnet_core::training_memory::{self, TrainingShape};
+use bitnet_core::training_memory::{self, TeacherShape, TrainingShape};
 
 pub use bitnet_core::training_memory::Parts;
 
@@ -9,9 +9,9 @@ use crate::config::TrainConfig;
 use crate::optim::OptimizerKind;
 
 /// The peak of a run's own tensors: what is live when it is reached, and the
-/// phase of the run in which that is.
+/// phase of the run in which that is. `teacher` is that of a config with `[distill]`.
 #[must_use]
-pub fn tensors(config: &TrainConfig) -> (Parts, &'static str) {
+pub fn tensors(config: &TrainConfig, teacher: Option<&TeacherShape>) -> (Parts, &'static str) {
     let batch = &config.batch;
     training_memory::tensors(&TrainingShape {
         model: config.model.clone(),
@@ -21,5 +21,6 @@ pub fn tensors(config: &TrainConfig) -> (Parts, &'static str) {
         recompute: batch.recompute,
         muon: config.optimizer.kind == OptimizerKind::Muon,
         blends: config.quantization.blend > 0.0,
+        teacher: teacher.cloned(),
     })
 }

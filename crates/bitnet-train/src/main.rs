@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use bitnet_core::{Exit, ExitError, exit};
 use bitnet_format::json::write_json;
 use bitnet_kernels::Kernels;
-use bitnet_train::device::DeviceChoice;
+use bitnet_train::devices::DeviceList;
 use bitnet_train::progress::{Notices, View, notice, restore_terminal};
 use bitnet_train::{Ranks, RunOptions, Stop, TrainConfig, TrainError, config_file};
 use clap::{Parser, Subcommand};
@@ -61,9 +61,10 @@ struct Args {
     resume: bool,
 
     /// cpu, ndarray, wgpu[:n] or cuda[:n]; `rank` for n: the number that a launcher
-    /// gave this process on its machine.
+    /// gave this process on its machine. Several GPUs of one machine as a list:
+    /// cuda:0,cuda:1.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
-    device: DeviceChoice,
+    device: DeviceList,
 
     /// Threads of the CPU [default: all].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
@@ -141,7 +142,7 @@ fn command(args: &Args) -> Result<(), ExitError> {
 fn train(args: &Args) -> Result<(), ExitError> {
     let config = config(args).map_err(coded)?;
     let options =
-        RunOptions { config, device: args.device, resume: args.resume, until: args.until };
+        RunOptions { config, device: args.device.clone(), resume: args.resume, until: args.until };
     let failed = |e| ExitError::new(Exit::Failed, e);
     if args.dry_run {
         let plan = bitnet_train::plan::dry_run(&options).map_err(coded)?;

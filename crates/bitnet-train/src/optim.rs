@@ -61,6 +61,21 @@ impl GradientSum {
         }
     }
 
+    /// Adds the sum of another device. `device`: where this one lies, without autodiff.
+    pub(crate) fn add_device(&mut self, other: Self, device: &Device) {
+        for (at, new) in other.tensors.into_iter().enumerate() {
+            if self.tensors.len() <= at {
+                self.tensors.push(None);
+            }
+            let Some(new) = new.map(|new| new.to_device(device)) else { continue };
+            let slot = &mut self.tensors[at];
+            *slot = Some(match slot.take() {
+                Some(sum) => sum.add(new),
+                None => new,
+            });
+        }
+    }
+
     /// The sums, in the order of the module's parameters.
     #[cfg(test)]
     pub(crate) fn values(&self) -> Vec<Option<Vec<f32>>> {

@@ -5,12 +5,14 @@ use std::fmt;
 use std::fs;
 
 use bitnet_core::ParameterCount;
+use bitnet_core::training_memory::TeacherShape;
 use bitnet_data::{Dataset, Split};
 use serde::Serialize;
 
 use crate::config::TrainConfig;
 use crate::corpus;
 use crate::device::DeviceChoice;
+use crate::distill::DistillConfig;
 use crate::estimate::{self, Parts};
 use crate::run::RunOptions;
 use crate::{TrainError, config_file, memory};
@@ -62,7 +64,14 @@ pub fn dry_run(options: &RunOptions) -> Result<Plan, TrainError> {
     let tokenizer = train.tokenizer()?;
     corpus::check(&config, &train, &validation, &tokenizer)?;
     resolve(&mut config, options, &train, &validation)?;
-    Ok(Plan::new(&config, &train, &validation))
+    let teacher = teacher(&config)?;
+    Ok(Plan::new(&config, teacher.as_ref(), &train, &validation))
+}
+
+/// The teacher of a config with `[distill]`.
+fn teacher(config: &TrainConfig) -> Result<Option<TeacherShape>, TrainError> {
+    let shape = |distill: &DistillConfig| distill.shape(&config.model);
+    config.distill.as_ref().map(shape).transpose()
 }
 
 /// Replaces an automatic micro-batch by a number: that of the run that is gone on
@@ -87,16 +96,18 @@ pub(crate) fn resolve(
             return Ok(None);
         }
     }
-    if options.device != DeviceChoice::Cpu {
+    if options.device.first() != DeviceChoice::Cpu {
         return Err(auto(format!("is for the CPU alone; give a number for {}", options.device)));
     }
     let Some(available) = memory::available_bytes() else {
         return Err(auto("the system does not say how much memory is free; give a number".into()));
     };
+    let teacher = teacher(config)?;
+    let teacher = teacher.as_ref();
     let mut smallest = None;
     for micro_batch in divisors(config.batch.tokens / config.batch.sequence) {
         config.batch.micro_batch = micro_batch;
-        let plan = Plan::new(config, train, validation);
+        let plan = Plan::new(config, teacher, train, validation);
         if plan.fits(available) {
             return Ok(Some(plan));
         }
@@ -106,7 +117,7 @@ pub(crate) fn resolve(
         format!("even 1 needs {} bytes, {available} are free", smallest.unwrap_or_default());
     if !config.batch.recompute {
         config.batch.recompute = true;
-        let plan = Plan::new(config, train, validation);
+        let plan = Plan::new(config, teacher, train, validation);
         reason += &format!("; with batch.recompute = true it needs {}", plan.needed());
     }
     Err(auto(reason))
@@ -122,10 +133,15 @@ fn divisors(n: usize) -> impl Iterator<Item = usize> {
 }
 
 impl Plan {
-    /// The plan of a config whose micro-batch is a number.
-    pub(crate) fn new(config: &TrainConfig, train: &Dataset, validation: &Dataset) -> Self {
+    /// The plan of a config whose micro-batch is a number, and of its teacher.
+    fn new(
+        config: &TrainConfig,
+        teacher: Option<&TeacherShape>,
+        train: &Dataset,
+        validation: &Dataset,
+    ) -> Self {
         let parameters = config.model.parameter_count();
-        let (tensors, peak_in) = estimate::tensors(config);
+        let (tensors, peak_in) = estimate::tensors(config, teacher);
         let data_bytes = data_bytes(config, train, validation);
         let program_bytes = memory::program_bytes().unwrap_or(0);
         Self {
@@ -220,10 +236,14 @@ impl fmt::Display for Plan {
             ("activations", t.activations),
             ("head, logits", t.head),
             ("checkpoint", t.checkpoint),
+            ("teacher", t.teacher),
             ("data", self.data_bytes),
             ("program", self.program_bytes),
         ] {
-            writeln!(f, "  {name:<14} {}", readable(bytes))?;
+            // Few runs have a teacher.
+            if bytes > 0 || name != "teacher" {
+                writeln!(f, "  {name:<14} {}", readable(bytes))?;
+            }
         }
         writeln!(f, "predicted peak   {}", readable(self.predicted_peak_bytes))?;
         match self.available_bytes {

@@ -5,6 +5,7 @@
 //! sent to all, so that every rank has the same bits. Rank 0 alone writes.
 
 use crate::TrainError;
+use crate::devices::DeviceList;
 
 /// The processes of a run, seen from one of them.
 pub struct Ranks {
@@ -185,6 +186,22 @@ impl Ranks {
     #[must_use]
     pub fn any(&self, here: bool) -> bool {
         self.sum_f64(f64::from(u8::from(here))) > 0.0
+    }
+
+    /// Checks that each of several ranks has one device.
+    ///
+    /// # Errors
+    /// Several ranks with a list of devices.
+    pub fn check_devices(&self, devices: &DeviceList) -> Result<(), TrainError> {
+        if self.size() == 1 || devices.count() == 1 {
+            return Ok(());
+        }
+        let what = format!(
+            "--device {devices}: each of {} ranks has one device; cuda:rank or wgpu:rank is that \
+             of its number",
+            self.size()
+        );
+        Err(TrainError::Ranks(what))
     }
 
     /// Checks that the micro-steps of a step can be shared out evenly.

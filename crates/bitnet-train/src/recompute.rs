@@ -27,9 +27,10 @@ pub fn gradients(
     sum: &mut GradientSum,
 ) -> f32 {
     if recompute {
-        let (objective, _) = distill::objective(examples, teacher);
+        let (objective, _) = distill::objective(model, examples, teacher);
         let targets = examples.targets.clone().flatten(0, 1);
-        return backward(model, examples, sum, |hidden, head| {
+        // The teacher's predictions go with the loss, before the blocks run again.
+        return backward(model, examples, sum, move |hidden, head| {
             ops::language_loss(hidden, head, targets, &objective)
         });
     }

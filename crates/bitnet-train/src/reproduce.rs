@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::config::MetricsConfig;
 use crate::device::DeviceChoice;
+use crate::devices::DeviceList;
 use crate::metrics::{self, Metric};
 use crate::progress::View;
 use crate::report::RunData;
@@ -28,7 +29,7 @@ pub struct Request {
     /// Where the tokens lie, if not where they did.
     pub data: Option<PathBuf>,
     /// The device, if not the run's.
-    pub device: Option<DeviceChoice>,
+    pub device: Option<DeviceList>,
 }
 
 /// How the two runs compare.
@@ -82,15 +83,15 @@ pub fn reproduce(request: &Request, stop: &Stop, view: View) -> Result<Compariso
     let start = RunInfo::load(&request.run)?.and_then(|info| info.starts.into_iter().last());
     let config = config(request)?;
     let until = request.steps.unwrap_or(u64::MAX).min(old.step());
-    let device = match (request.device, &start) {
+    let device = match (request.device.clone(), &start) {
         (Some(device), _) => device,
         (None, Some(start)) => start.device.parse().map_err(|reason: String| no_run(&reason))?,
-        (None, None) => DeviceChoice::Cpu,
+        (None, None) => DeviceChoice::Cpu.into(),
     };
     let data = Dataset::open(&config.data.dir, Split::Train)?;
     let data = Data::of(&config.data.dir, data.manifest());
     let warnings = match &start {
-        Some(start) => warnings(&old, start, &Start::now(0, device, data)),
+        Some(start) => warnings(&old, start, &Start::now(0, &device, data)),
         None => vec!["there is no run.json: what made the run is not known".to_owned()],
     };
     for warning in &warnings {

@@ -17,20 +17,20 @@ use burn::tensor::Device;
 use crate::checkpoint::{self, Snapshot, State};
 use crate::config::TrainConfig;
 use crate::corpus::{self, Reduction};
-use crate::device::DeviceChoice;
-use crate::distill::Teacher;
+use crate::devices::DeviceList;
 use crate::error::with_path;
 use crate::metrics::{self, EvalMetric, Metric, Sample, TrainMetric, WeightMetric};
 use crate::model::Transformer;
-use crate::optim::{GradientSum, Optimizer};
+use crate::optim::Optimizer;
 use crate::progress::{Progress, View};
 use crate::ranks::Ranks;
 use crate::record::Recorder;
+use crate::replicas::{Objective, Replicas};
 use crate::run_info::{Data, RunInfo, Start};
 use crate::stage::Stage;
 use crate::summary::Summary;
 use crate::weights::Trits;
-use crate::{TrainError, config_file, evaluate, memory, plan, plot, recompute, start};
+use crate::{TrainError, config_file, evaluate, memory, plan, plot, start};
 
 /// Steps over which a run's final training loss is averaged.
 pub(crate) const LAST_STEPS: usize = 100;
@@ -41,7 +41,7 @@ pub struct RunOptions {
     /// The run's configuration.
     pub config: TrainConfig,
     /// Where it runs.
-    pub device: DeviceChoice,
+    pub device: DeviceList,
     /// Go on from the newest checkpoint in the run folder, if there is one.
     pub resume: bool,
     /// Stop after this step of the schedule, as if interrupted there.
@@ -116,8 +116,9 @@ pub fn run_on(
 struct Trainer<'r> {
     ranks: &'r Ranks,
     config: TrainConfig,
-    choice: DeviceChoice,
+    choice: DeviceList,
     device: Device,
+    replicas: Replicas,
     optimizer: Optimizer,
     stream: TokenStream,
     /// The token that ends a document.
@@ -125,7 +126,6 @@ struct Trainer<'r> {
     validation: Dataset,
     tokenizer: Tokenizer,
     chat_template: Option<String>,
-    teacher: Option<Teacher>,
     state: State,
     saved_at: Option<u64>,
     trits: Option<Trits>,
@@ -149,12 +149,15 @@ impl<'r> Trainer<'r> {
     ) -> Result<(Self, Transformer), TrainError> {
         let mut config = options.config.clone();
         config.validate()?;
-        config.quantization.check_device(options.device)?;
+        config.quantization.check_device(options.device.first())?;
         let train = Arc::new(Dataset::open(&config.data.dir, Split::Train)?);
         let validation = Dataset::open(&config.data.dir, Split::Validation)?;
         let tokenizer = train.tokenizer()?;
         corpus::check(&config, &train, &validation, &tokenizer)?;
-        let device = options.device.open()?.autodiff();
+        let devices: Vec<Device> =
+            options.device.open()?.into_iter().map(Device::autodiff).collect();
+        config.precision.check(&options.device, &devices)?;
+        let device = devices[0].clone();
         if ranks.size() > 1 && config.batch.micro_batch == 0 {
             let what = "batch.micro_batch = \"auto\" knows one process; give a number";
             return Err(TrainError::Ranks(what.into()));
@@ -162,6 +165,8 @@ impl<'r> Trainer<'r> {
         let planned = plan::resolve(&mut config, options, &train, &validation)?;
         let run_dir = &config.run_dir;
         ranks.check(config.batch.micro_steps())?;
+        ranks.check_devices(&options.device)?;
+        options.device.check(config.batch.micro_steps())?;
         let _lock = ranks.is_first().then(|| lock(run_dir)).transpose()?;
         if ranks.is_first() {
             checkpoint::sweep(run_dir)?;
@@ -182,7 +187,7 @@ impl<'r> Trainer<'r> {
         let eos = train.eos_id();
         let mut stream = corpus::stream(&config, Arc::clone(&train))?;
         let mut model = Transformer::new(&config.model, config.seed, &device);
-        let host = options.device.is_host();
+        let host = options.device.first().is_host();
         let mut optimizer = Optimizer::new(&config.optimizer, &model, &device, host);
         let mut state = State::new(stream.state(), corpus_hash, tokenizer.hash_hex());
         let mut notes = Vec::new();
@@ -191,9 +196,7 @@ impl<'r> Trainer<'r> {
             (model, start) = start::load(&from.from, &config.model, model, tokenizer.to_json())?;
             notes = start.notes;
         }
-        let plain = device.clone().without_autodiff();
-        let teacher = config.distill.as_ref();
-        let teacher = teacher.map(|d| Teacher::open(d, &config.model, &plain)).transpose()?;
+        let replicas = Replicas::open(devices, config.distill.as_ref(), &config.model)?;
         let mut trits = None;
         if let Some(path) = &found {
             let saved = checkpoint::load_state(path)?;
@@ -210,14 +213,14 @@ impl<'r> Trainer<'r> {
             (Some(saved), Some(_)) => config_file::changes(saved, &config),
             _ => Vec::new(),
         };
-        let start = Start { changed, ..Start::now(state.step, options.device, data) };
+        let start = Start { changed, ..Start::now(state.step, &options.device, data) };
         let changed = start.changed.clone();
         if ranks.is_first() {
             RunInfo::append(run_dir, start, options.resume)?;
         }
         let steps = config.schedule.steps;
         let end = options.until.map_or(steps, |until| until.min(steps));
-        config.quantization.at(state.step, steps).apply(&config.model, &mut model);
+        stage_at(&config, state.step).apply(&config.model, &mut model);
         let tensorboard = config.metrics.tensorboard;
         let record = match ranks.is_first() {
             true => Some(Recorder::open(run_dir, after, tensorboard)?),
@@ -227,14 +230,14 @@ impl<'r> Trainer<'r> {
         let earlier = || metrics::read(&run_dir.join("metrics.jsonl")).unwrap_or_default();
         let mut trainer = Self {
             ranks,
-            teacher,
+            replicas,
             record,
             progress: Progress::new(view, &config, end, state.step, earlier),
             saved_at: after,
             trits,
             checkpoint: found,
             clock: (state.seconds, Instant::now()),
-            choice: options.device,
+            choice: options.device.clone(),
             device,
             optimizer,
             stream,
@@ -283,7 +286,7 @@ impl<'r> Trainer<'r> {
             self.choice,
         );
         self.say(&line);
-        if let Some(teacher) = &self.teacher {
+        if let Some(teacher) = self.replicas.teacher() {
             let line = format!("following the teacher {}", teacher.path().display());
             self.say(&line);
         }
@@ -413,35 +416,40 @@ impl<'r> Trainer<'r> {
         let started = Instant::now();
         let before = self.stream.clone();
         let micro_steps = self.config.batch.micro_steps();
-        let mut sum = GradientSum::default();
+        let mut shares = self.replicas.begin(&model);
         // Of all tokens that count, in nats.
         let (mut nats, mut counted) = (0.0, 0.0);
         let mut waited = Duration::ZERO;
         let (step, rows) = (self.state.step, self.config.batch.micro_batch);
         let (data, all) = (&self.config.data, (rows * self.config.batch.sequence) as f64);
         let (end, reduction) = (data.mask_documents.then_some(self.eos), data.loss);
+        let recompute = self.config.batch.recompute;
         let mut stopped = false;
-        for micro in 0..micro_steps {
-            self.progress.tick();
-            let waiting = Instant::now();
-            if micro % self.ranks.size() != self.ranks.rank() {
-                self.stream.skip(step, rows as u64);
-                continue;
+        let at_once = self.replicas.count();
+        for first in (0..micro_steps).step_by(at_once) {
+            let mut batches = Vec::with_capacity(at_once);
+            for micro in first..micro_steps.min(first + at_once) {
+                self.progress.tick();
+                let waiting = Instant::now();
+                if micro % self.ranks.size() != self.ranks.rank() {
+                    self.stream.skip(step, rows as u64);
+                    continue;
+                }
+                batches.push(self.stream.next_batch(step, rows)?);
+                waited += waiting.elapsed();
+                stopped |= stop.requested();
             }
-            let batch = self.stream.next_batch(step, rows)?;
-            waited += waiting.elapsed();
-            stopped |= stop.requested();
             if stopped {
                 break;
             }
-            let (examples, tokens) = corpus::examples(&batch, end, reduction, &self.device);
-            let (teacher, recompute) = (self.teacher.as_ref(), self.config.batch.recompute);
-            let value = recompute::gradients(&model, &examples, teacher, recompute, &mut sum);
-            let value = f64::from(value);
-            let masked_sum = reduction == Reduction::Sum && batch.loss_mask.is_some();
-            nats += value * if masked_sum { all } else { tokens as f64 };
-            counted += tokens as f64;
+            let values = shares.add(&batches, Objective { end, reduction, recompute });
+            for ((value, tokens), batch) in values.into_iter().zip(&batches) {
+                let masked_sum = reduction == Reduction::Sum && batch.loss_mask.is_some();
+                nats += f64::from(value) * if masked_sum { all } else { tokens as f64 };
+                counted += tokens as f64;
+            }
         }
+        let mut sum = shares.finish();
         if self.ranks.any(stopped) {
             self.stream = before;
             return Ok((model, None));
@@ -452,7 +460,7 @@ impl<'r> Trainer<'r> {
             return Err(self.non_finite("the loss", loss));
         }
         sum.add_ranks(self.ranks);
-        let norm = sum.norm(self.choice.is_host());
+        let norm = sum.norm(self.choice.first().is_host());
         if !norm.is_finite() {
             return Err(self.non_finite("the gradient's norm", norm));
         }
@@ -460,8 +468,7 @@ impl<'r> Trainer<'r> {
         model = self.optimizer.step(model, sum, norm, micro_steps, rates);
         let tokens = self.config.batch.tokens as u64;
         self.state.step += 1;
-        let stage = self.config.quantization.at(self.state.step, self.config.schedule.steps);
-        stage.apply(&self.config.model, &mut model);
+        stage_at(&self.config, self.state.step).apply(&self.config.model, &mut model);
         self.state.tokens += tokens;
         let metric = TrainMetric {
             step: self.state.step,
@@ -563,6 +570,13 @@ impl<'r> Trainer<'r> {
         let step = self.state.step + 1;
         TrainError::NonFinite { what, value, step, checkpoint: self.checkpoint.clone() }
     }
+}
+
+/// What holds in the step that follows `step` complete ones.
+fn stage_at(config: &TrainConfig, step: u64) -> Stage {
+    let steps = config.schedule.steps;
+    let bf16 = step < steps && !config.precision.is_f32();
+    Stage { bf16, ..config.quantization.at(step, steps) }
 }
 
 /// Makes the run folder and claims it, so that two runs never write into one.

@@ -21,7 +21,8 @@ pub struct StageConfig {
     /// For so long after it the quantised weights and activations are blended in,
     /// in equal steps; 0 switches at once.
     pub blend: f64,
-    /// Until then activations that end with 4 bits have 8 (arXiv:2411.04965).
+    /// Until then activations that end with 4 bits have 8, and none is left out by top-K
+    /// (arXiv:2411.04965).
     pub int8_until: f64,
     /// Whether the gradients of the linear layers' inputs are integer products too,
     /// of gradients quantised to int8 per token (SwitchBack, arXiv:2304.13013): faster,
@@ -34,23 +35,30 @@ pub struct StageConfig {
 pub struct Stage {
     /// The share of the quantised; see [`LinearRecipe::blend`].
     pub blend: f32,
-    /// Whether activations have 8 bits, whatever the recipe says.
+    /// Whether activations have 8 bits and all are kept, whatever the recipe says.
     pub int8: bool,
     /// See [`LinearRecipe::int8_backward`].
     pub int8_backward: bool,
+    /// See [`LinearRecipe::bf16`].
+    pub bf16: bool,
 }
 
 impl Stage {
     /// The finished model.
-    pub const FINAL: Self = Self { blend: 1.0, int8: false, int8_backward: false };
+    pub const FINAL: Self = Self { blend: 1.0, int8: false, int8_backward: false, bf16: false };
 
     /// The recipe of a linear layer in this stage.
     #[must_use]
     pub fn recipe(self, config: &ModelConfig, linear: Linear) -> LinearRecipe {
-        let Self { blend, int8_backward, .. } = self;
-        let recipe = LinearRecipe { blend, int8_backward, ..LinearRecipe::new(config, linear) };
+        let Self { blend, int8_backward, bf16, .. } = self;
+        let recipe =
+            LinearRecipe { blend, int8_backward, bf16, ..LinearRecipe::new(config, linear) };
         let narrow = [ActivationQuantizer::Int4, ActivationQuantizer::Int4Absmean];
-        if self.int8 && narrow.contains(&recipe.activations) {
+        if !self.int8 {
+            return recipe;
+        }
+        let recipe = LinearRecipe { keep: 1.0, ..recipe };
+        if narrow.contains(&recipe.activations) {
             return LinearRecipe { activations: ActivationQuantizer::Int8, ..recipe };
         }
         recipe
@@ -80,7 +88,7 @@ impl StageConfig {
             1.0
         };
         let (int8, int8_backward) = (step < share(self.int8_until), self.int8_backward);
-        Stage { blend, int8, int8_backward }
+        Stage { blend, int8, int8_backward, bf16: false }
     }
 
     /// Checks the table against the model.
@@ -106,8 +114,10 @@ impl StageConfig {
             return Err(TrainError::value("quantization.blend", self.blend, reason));
         }
         let four_bits = [ActivationRecipe::Int4, ActivationRecipe::A48];
-        if self.int8_until > 0.0 && !four_bits.contains(&model.recipe.activations) {
-            let reason = "has no use: model.recipe.activations is neither int4 nor a4.8";
+        let keeps_all = model.recipe.keeps().iter().all(|(_, share)| *share == 1.0);
+        if self.int8_until > 0.0 && keeps_all && !four_bits.contains(&model.recipe.activations) {
+            let reason = "has no use: model.recipe.activations is neither int4 nor a4.8, and all \
+                          are kept";
             return Err(TrainError::value("quantization.int8_until", self.int8_until, reason));
         }
         let all_integer = Linear::ALL.iter().all(|&l| LinearRecipe::new(model, l).is_integer());
@@ -186,13 +196,16 @@ mod tests {
     #[test]
     fn eight_bits_stand_in_for_four() {
         let config = ModelConfig {
-            recipe: serde_json::from_str(r#"{"activations":"a4.8"}"#).unwrap(),
+            recipe: serde_json::from_str(r#"{"activations":"a4.8","o_proj_keep":0.5}"#).unwrap(),
             ..ModelConfig::tiny()
         };
-        let early = Stage { blend: 1.0, int8: true, int8_backward: false };
+        let early = Stage { int8: true, ..Stage::FINAL };
         assert_eq!(early.recipe(&config, Linear::Q).activations, ActivationQuantizer::Int8);
         let last = Stage::FINAL;
         assert_eq!(last.recipe(&config, Linear::Q).activations, ActivationQuantizer::Int4Absmean);
         assert_eq!(last.recipe(&config, Linear::Down).activations, ActivationQuantizer::Int8);
+        let keep = |stage: Stage, linear| stage.recipe(&config, linear).keep;
+        assert_eq!((keep(early, Linear::O), keep(last, Linear::O)), (1.0, 0.5));
+        assert_eq!(keep(last, Linear::Down), 1.0);
     }
 }

@@ -51,6 +51,14 @@ pub fn read_model(path: &Path, device: &Device) -> Result<(Transformer, ModelCon
     Ok((model, config))
 }
 
+/// The configuration of such a model, its weights left alone.
+///
+/// # Errors
+/// As [`read_model`].
+pub fn read_config(path: &Path) -> Result<ModelConfig, TrainError> {
+    Ok(open(path)?.config().clone())
+}
+
 /// Gives a fresh model of `config` the weights of another one. Quantisers, the
 /// precision of the embedding and the longest sequence may differ; sub-norms that
 /// the other has not begin at 1, an untied head as a copy of the embedding.

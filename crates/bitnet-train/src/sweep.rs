@@ -14,7 +14,7 @@ use bitnet_format::atomic::write_atomic;
 use bitnet_format::json::write_json;
 use serde::Serialize;
 
-use crate::device::DeviceChoice;
+use crate::devices::DeviceList;
 use crate::error::with_path;
 use crate::progress::{View, duration};
 use crate::report::RunData;
@@ -183,7 +183,7 @@ pub fn sweep(
     config: &TrainConfig,
     variants: &[Variant],
     dir: &Path,
-    device: DeviceChoice,
+    device: &DeviceList,
     stop: &Stop,
     view: View,
 ) -> Result<Table, TrainError> {
@@ -223,7 +223,7 @@ pub fn sweep(
 
 fn one(
     config: &TrainConfig,
-    device: DeviceChoice,
+    device: &DeviceList,
     stop: &Stop,
     view: View,
 ) -> Result<(), TrainError> {
@@ -238,7 +238,8 @@ fn one(
             return Ok(());
         }
     }
-    let options = RunOptions { config: config.clone(), device, resume: true, until: None };
+    let options =
+        RunOptions { config: config.clone(), device: device.clone(), resume: true, until: None };
     run_on(
         &Ranks::alone("a sweep trains its runs one after the other in one")?,
         &options,

@@ -38,7 +38,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8(output.stderr.clone()).unwrap()
 }
 
-fn json(mut command: Command) -> Value {
+fn json(command: &mut Command) -> Value {
     let output = command.args(["--json", "-"]).output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));
     serde_json::from_slice(&output.stdout).unwrap()
@@ -58,9 +58,7 @@ fn a_dry_run_writes_nothing_and_names_every_part() {
         assert!(text.contains(part), "{part}: {text}");
     }
     assert_eq!(files(), before);
-    let mut dry = command(dir.path(), "tiny", &MODEL);
-    dry.arg("--dry-run");
-    let plan = json(dry);
+    let plan = json(command(dir.path(), "tiny", &MODEL).arg("--dry-run"));
     assert_eq!(plan["micro_batch"], 16);
     assert_eq!(plan["micro_steps"], 2);
     let tensors = plan["tensors"].as_object().unwrap().values();
@@ -81,16 +79,59 @@ fn the_prediction_is_near_the_measured_peak() {
     let mut peaks = Vec::new();
     for recompute in ["batch.recompute=false", "batch.recompute=true"] {
         let set: Vec<&str> = MODEL.into_iter().chain([recompute]).collect();
-        let mut dry = command(dir.path(), "tiny", &set);
-        dry.arg("--dry-run");
-        let predicted = json(dry)["predicted_peak_bytes"].as_f64().unwrap();
-        let measured = json(command(dir.path(), "tiny", &set))["peak_rss_bytes"].as_f64().unwrap();
+        let dry = json(command(dir.path(), "tiny", &set).arg("--dry-run"));
+        let predicted = dry["predicted_peak_bytes"].as_f64().unwrap();
+        let run = json(&mut command(dir.path(), "tiny", &set));
+        let measured = run["peak_rss_bytes"].as_f64().unwrap();
         let error = predicted / measured - 1.0;
         assert!(error.abs() < 0.15, "{recompute}: {predicted} and {measured}: {error:+.3}");
         fs::remove_dir_all(dir.path().join("run")).unwrap();
         peaks.push(measured);
     }
     assert!(peaks[1] < 0.75 * peaks[0], "{peaks:?}");
+}
+
+/// The same promise of a run with a teacher: its predictions, and the relations too.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_teacher_is_in_the_prediction() {
+    let dir = tempfile::tempdir().unwrap();
+    prepared(dir.path(), "data", 0);
+    // Of other widths than the student's, with a head of its own.
+    let wide = [
+        "model.hidden_size=320",
+        "model.weight_quantizer=none",
+        "model.tie_word_embeddings=false",
+        "eval.windows=1",
+    ];
+    let set: Vec<&str> = MODEL.into_iter().chain(wide).collect();
+    let output = command(dir.path(), "tiny", &set).args(["--until", "1"]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    fs::rename(dir.path().join("run"), dir.path().join("teacher")).unwrap();
+    let teacher = ["distill.teacher=\"teacher\"", "distill.relation_heads=2"];
+    let mut alone = command(dir.path(), "tiny", &MODEL);
+    let alone = json(alone.arg("--dry-run"))["predicted_peak_bytes"].as_f64().unwrap();
+    for (what, recompute) in [
+        (["distill.logits=1", "distill.relations=0"], "batch.recompute=false"),
+        (["distill.logits=1", "distill.relations=0"], "batch.recompute=true"),
+        (["distill.logits=0", "distill.relations=1"], "batch.recompute=false"),
+    ] {
+        let set: Vec<&str> =
+            MODEL.into_iter().chain(teacher).chain(what).chain([recompute]).collect();
+        let plan = json(command(dir.path(), "tiny", &set).arg("--dry-run"));
+        // At least its weights: 4 blocks of 3.5 matrices 320 · 320 and 3 of 640 · 320.
+        assert!(plan["tensors"]["teacher"].as_u64().unwrap() > 4 * 4 * 970_000, "{plan}");
+        let predicted = plan["predicted_peak_bytes"].as_f64().unwrap();
+        assert!(recompute.ends_with("true") || predicted > alone + 16e6, "{predicted} {alone}");
+        let run = json(&mut command(dir.path(), "tiny", &set));
+        let error = predicted / run["peak_rss_bytes"].as_f64().unwrap() - 1.0;
+        assert!(error.abs() < 0.15, "{what:?}, {recompute}: {plan} {run}: {error:+.3}");
+        fs::remove_dir_all(dir.path().join("run")).unwrap();
+    }
+    let set: Vec<&str> = MODEL.into_iter().chain(teacher).chain(["distill.logits=1"]).collect();
+    fs::rename(dir.path().join("teacher"), dir.path().join("gone")).unwrap();
+    let output = command(dir.path(), "tiny", &set).arg("--dry-run").output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
 }
 
 #[cfg(target_os = "linux")]

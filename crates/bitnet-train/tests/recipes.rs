@@ -45,7 +45,8 @@ fn config(dir: &Path, run: &str, set: &[&str]) -> TrainConfig {
 
 fn train(config: &TrainConfig) -> Result<Summary, TrainError> {
     let config = config.clone();
-    let options = RunOptions { config, device: DeviceChoice::Cpu, resume: true, until: None };
+    let options =
+        RunOptions { config, device: DeviceChoice::Cpu.into(), resume: true, until: None };
     run(&options, &Stop::default())
 }
 
@@ -63,7 +64,7 @@ fn losses(config: &TrainConfig) -> Vec<f64> {
 #[test]
 fn every_recipe_learns_and_only_some_can_be_packed() {
     let dir = tempfile::tempdir().unwrap();
-    let cases: [(&str, &[&str], Option<&str>); 9] = [
+    let cases: [(&str, &[&str], Option<&str>); 11] = [
         ("ternary", &[], None),
         ("binary", &["model.weight_quantizer=binary"], None),
         ("absmedian", &["model.recipe.weight_scale=absmedian"], None),
@@ -73,9 +74,19 @@ fn every_recipe_learns_and_only_some_can_be_packed() {
         ("trilm", &["model.recipe.activations=none"], Some("model.recipe.activations = none")),
         (
             "a4.8",
-            &["model.recipe.activations=\"a4.8\"", "quantization.int8_until=0.5"],
-            Some("model.recipe.activations = a4.8"),
+            &[
+                "model.recipe.activations=\"a4.8\"",
+                "model.recipe.o_proj_keep=0.5",
+                "quantization.int8_until=0.5",
+            ],
+            Some("model.recipe.o_proj_keep = 0.5"),
         ),
+        (
+            "top-k",
+            &["model.recipe.o_proj_keep=0.5", "model.recipe.down_proj_keep=0.25"],
+            Some("model.recipe.o_proj_keep = 0.5"),
+        ),
+        ("int4", &["model.recipe.activations=int4"], Some("model.recipe.activations = int4")),
         (
             "v2",
             &["model.recipe.activations=int4", "model.recipe.hadamard=true"],
@@ -166,7 +177,7 @@ fn a_teacher_is_followed_and_resumed() {
     let parts = config(dir.path(), "parts", &set);
     for until in [Some(7), Some(20), None] {
         let config = parts.clone();
-        let options = RunOptions { config, device: DeviceChoice::Cpu, resume: true, until };
+        let options = RunOptions { config, device: DeviceChoice::Cpu.into(), resume: true, until };
         run(&options, &Stop::default()).unwrap();
     }
     assert_eq!(losses(&parts), losses(&whole));
@@ -209,7 +220,7 @@ fn a_mixture_changes_its_weights_and_is_resumed() {
     let parts = config(dir.path(), "parts", &set);
     for until in [Some(9), Some(20), Some(31), None] {
         let config = parts.clone();
-        let options = RunOptions { config, device: DeviceChoice::Cpu, resume: true, until };
+        let options = RunOptions { config, device: DeviceChoice::Cpu.into(), resume: true, until };
         run(&options, &Stop::default()).unwrap();
     }
     assert_eq!(losses(&parts), losses(&whole));

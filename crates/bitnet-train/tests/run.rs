@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use bitnet_core::Exit;
 use bitnet_train::device::DeviceChoice;
+use bitnet_train::devices::DeviceList;
 use bitnet_train::metrics::{self, LayerWeights, Metric};
 use bitnet_train::{RunOptions, Stop, Summary, TrainConfig, TrainError, checkpoint, run};
 use common::prepared;
@@ -44,7 +45,7 @@ fn config(dir: &Path, run: &str) -> TrainConfig {
 
 fn options(config: &TrainConfig) -> RunOptions {
     let config = config.clone();
-    RunOptions { config, device: DeviceChoice::Cpu, resume: false, until: None }
+    RunOptions { config, device: DeviceChoice::Cpu.into(), resume: false, until: None }
 }
 
 fn train(config: &TrainConfig, resume: bool, until: Option<u64>) -> Result<Summary, TrainError> {
@@ -326,4 +327,49 @@ fn a_folder_that_cannot_be_written_leaves_earlier_checkpoints() {
     let error = train(&blocked, false, None).unwrap_err();
     assert_eq!(error.exit(), Exit::Failed, "{error}");
     assert!(error.to_string().contains("checkpoints"), "{error}");
+}
+
+/// Several devices are one: here the CPU, named twice.
+#[test]
+fn several_devices_train_as_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let two = DeviceList::new(DeviceChoice::Cpu, vec![DeviceChoice::Cpu]);
+    let on = |device: &DeviceList, config: &TrainConfig, until| {
+        let options = RunOptions { device: device.clone(), resume: true, until, ..options(config) };
+        run(&options, &Stop::default()).unwrap()
+    };
+    // A micro-step for each: bit for bit, also where the run goes on with one.
+    let (one, both) = (config(dir.path(), "one"), config(dir.path(), "both"));
+    train(&one, false, None).unwrap();
+    assert_eq!(on(&two, &both, Some(10)).device, "cpu,cpu");
+    on(&DeviceChoice::Cpu.into(), &both, Some(12));
+    on(&two, &both, None);
+    assert_eq!(losses(&both), losses(&one));
+    let weights = |c: &TrainConfig| fs::read(last(c).join("model.safetensors")).unwrap();
+    assert!(weights(&both) == weights(&one));
+    // Two for each: the order of additions differs.
+    let halves = |name| {
+        let mut config = config(dir.path(), name);
+        (config.batch.micro_batch, config.schedule.steps) = (1, 5);
+        config
+    };
+    let (one, both) = (halves("one-half"), halves("both-half"));
+    train(&one, false, None).unwrap();
+    on(&two, &both, None);
+    let loss = |config: &TrainConfig| -> Vec<f64> {
+        let all = metrics::read(&config.run_dir.join("metrics.jsonl")).unwrap();
+        let loss = |m: &Metric| if let Metric::Train(m) = m { Some(m.loss) } else { None };
+        all.iter().filter_map(loss).collect()
+    };
+    let (a, b) = (loss(&one), loss(&both));
+    assert!(a.len() == 5 && a[0] == b[0], "{a:?} {b:?}");
+    assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-3), "{a:?} {b:?}");
+    // Three for two micro-steps.
+    let three = DeviceList::new(DeviceChoice::Cpu, vec![DeviceChoice::Cpu; 2]);
+    let config = config(dir.path(), "three");
+    let error = run(&RunOptions { device: three, ..options(&config) }, &Stop::default());
+    let error = error.unwrap_err();
+    assert_eq!(error.exit(), Exit::Usage);
+    assert!(error.to_string().contains("these are 3 devices, a step has 2 micro"), "{error}");
+    assert!(!config.run_dir.join("config.toml").exists());
 }

@@ -16,7 +16,8 @@ impl Walk<'_> {
     pub(super) fn is_fused(&self) -> bool {
         Linear::ALL.iter().all(|&which| {
             let form = self.form(which);
-            !self.model.rotates(which) && (form.integer || form.float)
+            let all = !self.model.rotates(which) && self.model.keeps(which) == 1.0;
+            all && (form.integer || form.float)
         })
     }
 

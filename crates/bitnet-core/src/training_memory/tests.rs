@@ -11,7 +11,21 @@ fn small() -> TrainingShape {
         recompute: false,
         muon: false,
         blends: false,
+        teacher: None,
     }
+}
+
+/// A teacher of other widths.
+fn teacher(logits: bool, relations: bool, tied: bool) -> TeacherShape {
+    let model = ModelConfig {
+        hidden_size: 96,
+        num_hidden_layers: 3,
+        weight_quantizer: WeightQuantizer::None,
+        tie_word_embeddings: tied,
+        ..ModelConfig::tiny()
+    };
+    let relations = relations.then_some(RelationShape { heads: 2, layer: None });
+    TeacherShape { model, logits, relations }
 }
 
 /// Every combination of what the walk distinguishes.
@@ -30,11 +44,18 @@ fn shapes() -> Vec<TrainingShape> {
         if bit(3) {
             run.model.embedding_dtype = Dtype::F32;
         }
+        if activations == ActivationRecipe::A48 && bit(5) {
+            run.model.recipe.o_proj_keep = 0.5;
+        }
         run.recompute = bit(4);
         run.muon = bit(5);
         // One micro-step or two.
         (run.micro_batch, run.micro_steps) = if bit(6) { (4, 1) } else { (2, 2) };
         run.blends = bit(7);
+        if run.muon {
+            // What a teacher adds does not depend on the optimizer.
+            run.teacher = Some(teacher(bit(3), !run.recompute && bit(1), bit(0)));
+        }
         all.push(run);
     }
     all
@@ -56,7 +77,13 @@ fn all_that_a_step_takes_is_freed() {
         Walk::new(&run).run(&mut ledger);
         let count = run.model.parameter_count();
         let state = if run.muon { 2 * count.total() - count.linear } else { 2 * count.total() };
-        let left = Parts { weights: 4 * count.total(), optimizer: 4 * state, ..Parts::default() };
+        let teacher = run.teacher.as_ref().map_or(0, |t| t.model.parameter_count().total());
+        let left = Parts {
+            weights: 4 * count.total(),
+            optimizer: 4 * state,
+            teacher: 4 * teacher,
+            ..Parts::default()
+        };
         assert_eq!(in_use(&ledger), left, "{run:?}");
         assert!(ledger.peak.total() < 100 << 20, "{:?}", ledger.peak);
     }
@@ -95,4 +122,30 @@ fn recomputation_and_smaller_batches_need_less() {
     assert!(2 * total(&recompute) < total(&run));
     let smaller = TrainingShape { micro_batch: 16, micro_steps: 8, ..run.clone() };
     assert!(total(&smaller) < total(&run));
+}
+
+/// What following a teacher adds, counted by hand: 64 tokens, V = 320, its D = 96.
+#[test]
+fn a_teacher_adds_its_weights_predictions_and_relations() {
+    let mut run = small();
+    run.teacher = Some(teacher(true, true, true));
+    let walk = Walk::new(&run);
+    let mut ledger = Ledger::default();
+    walk.teacher_forward(&mut ledger);
+    // The head as stored, the last hidden state, queries, keys and values (H·C = 96,
+    // K·C = 48).
+    let predictions = 4 * (320 * 96 + 64 * 96);
+    assert_eq!(in_use(&ledger).teacher, predictions + 4 * 64 * (96 + 2 * 48));
+    assert_eq!(in_use(&ledger).activations, 0);
+    walk.relations(&mut ledger);
+    // Two matrices for each of three relations: 2 sequences, 2 heads, 32 by 32.
+    assert_eq!(in_use(&ledger).teacher, predictions + 3 * 2 * 4 * 2 * 2 * 32 * 32);
+    walk.relations_backward(&mut ledger);
+    walk.teacher_done(&mut ledger);
+    // The gradients of the student's queries, keys and values.
+    assert_eq!(in_use(&ledger).teacher, 4 * 64 * (64 + 2 * 32));
+    let (with, _) = tensors(&run);
+    let (without, _) = tensors(&small());
+    assert!(with.teacher > 4 * walk.run.teacher.as_ref().unwrap().model.parameter_count().total());
+    assert!(with.total() > without.total() + 4 * 100_000, "{with:?} {without:?}");
 }

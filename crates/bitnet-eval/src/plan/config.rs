@@ -27,6 +27,8 @@ pub struct Training {
     pub blends: bool,
     /// Whether gradients of the linear layers' inputs are integer products.
     pub int8_backward: bool,
+    /// Whether a teacher is followed, whose shape is in its own folder.
+    pub distills: bool,
     /// Tokens of the whole schedule.
     pub tokens: u64,
 }
@@ -41,6 +43,7 @@ struct File {
     optimizer: Optimizer,
     #[serde(default)]
     quantization: Quantization,
+    distill: Option<toml::Table>,
 }
 
 #[derive(Deserialize)]
@@ -99,7 +102,8 @@ pub fn load(name: &str) -> Result<Subject, EvalError> {
     let training = match (file.batch, file.schedule) {
         (Some(batch), Some(schedule)) => {
             let optimizer = file.optimizer.kind.as_deref().unwrap_or("adamw");
-            Some(training(&batch, &schedule, optimizer, &file.quantization).map_err(bad)?)
+            let training = training(&batch, &schedule, optimizer, &file.quantization);
+            Some(Training { distills: file.distill.is_some(), ..training.map_err(bad)? })
         }
         _ => None,
     };
@@ -143,6 +147,7 @@ fn training(
         muon,
         blends: quantization.blend > 0.0,
         int8_backward: quantization.int8_backward,
+        distills: false,
         tokens: schedule.steps.saturating_mul(batch.tokens as u64),
     })
 }

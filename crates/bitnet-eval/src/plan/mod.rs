@@ -170,6 +170,8 @@ pub struct TrainingPlan {
     pub memory_bytes: u64,
     /// The phase of the run that needs most.
     pub peak_in: &'static str,
+    /// Whether the run has a teacher, which is not counted.
+    pub distills: bool,
     /// Master weights of a checkpoint on disk.
     pub checkpoint_weights_bytes: u64,
     /// The optimizer's state of a checkpoint on disk.
@@ -355,6 +357,7 @@ fn training_plan(
         recompute: training.recompute,
         muon: training.muon,
         blends: training.blends,
+        teacher: None,
     };
     // An automatic micro-batch is the greatest that fits, or 1.
     let fits = |micro_batch: &usize| {
@@ -385,6 +388,7 @@ fn training_plan(
         memory,
         memory_bytes: memory.total(),
         peak_in,
+        distills: training.distills,
         checkpoint_weights_bytes: weights,
         checkpoint_optimizer_bytes: optimizer,
         tokens,

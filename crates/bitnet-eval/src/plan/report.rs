@@ -137,6 +137,9 @@ impl Plan {
         ] {
             writeln!(out, "  {name:14}  {:>10}", bytes(n))?;
         }
+        if t.distills {
+            writeln!(out, "  without the teacher, which bitnet-train --dry-run counts")?;
+        }
         writeln!(
             out,
             "  on disk         {:>10}  a checkpoint: {} of weights, {} of the optimizer",

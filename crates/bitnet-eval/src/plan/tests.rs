@@ -150,6 +150,7 @@ fn training_is_planned_as_the_config_says() {
         muon: false,
         blends: false,
         int8_backward: false,
+        distills: false,
         tokens: 1_000_000,
     };
     subject.training = Some(training.clone());
@@ -169,13 +170,18 @@ fn training_is_planned_as_the_config_says() {
     let stated = planned(&subject, &stated).training.unwrap();
     assert!((stated.seconds / (10.0 * flop / 1e12) - 1.0).abs() < 1e-12 && stated.stated);
     // As many sequences as fit: all eight.
-    subject.training = Some(Training { micro_batch: None, muon: true, ..training });
+    subject.training = Some(Training { micro_batch: None, muon: true, distills: true, ..training });
     let auto = planned(&subject, &small);
     let t = auto.training.as_ref().unwrap();
     assert_eq!(t.micro_batch, 8);
     assert_eq!(t.checkpoint_optimizer_bytes, 8 * count.total() - 4 * count.linear);
     let table = auto.table();
-    for words in ["training, 8 sequences at once", "weights' gradients", "assumed: on this CPU"] {
+    for words in [
+        "training, 8 sequences at once",
+        "weights' gradients",
+        "assumed: on this CPU",
+        "without the teacher",
+    ] {
         assert!(table.contains(words), "{words}: {table}");
     }
     for line in table.lines() {
@@ -194,6 +200,7 @@ fn a_training_token_takes_its_products() {
         muon: false,
         blends: false,
         int8_backward: false,
+        distills: false,
         tokens: 1,
     };
     let time = |config: &ModelConfig, training: &Training| {

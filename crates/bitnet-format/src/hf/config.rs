@@ -264,7 +264,8 @@ fn quantization(top: &Keys<'_>) -> Result<(WeightQuantizer, Option<PackedScale>)
 
 /// The rest of the recipe, where it is not BitNet b1.58's.
 fn recipe(own: &Keys<'_>) -> Result<Recipe, HfError> {
-    let expected = "a recipe (weight_scale, granularity, activations, hadamard)";
+    let expected =
+        "a recipe (weight_scale, granularity, activations, hadamard, o_proj_keep, down_proj_keep)";
     let read = |v: &Value| serde_json::from_value(v.clone()).ok();
     Ok(own.typed("recipe", expected, read)?.unwrap_or_default())
 }

@@ -125,6 +125,7 @@ impl Attention {
             head_dim: self.head_dim,
             rope_theta: self.rope_theta,
             documents: rows.documents.clone(),
+            bf16: self.q.recipe.bf16,
         }
     }
 

@@ -187,6 +187,11 @@ impl Transformer {
         }
     }
 
+    /// Whether its products of floats are in bf16.
+    pub(crate) fn is_bf16(&self) -> bool {
+        self.blocks.first().is_some_and(|block| block.attention.q.recipe().bf16)
+    }
+
     /// The embedding in the precision in which it is stored, `[V, D]`.
     pub(crate) fn stored_embedding(&self) -> Tensor<2> {
         ops::round_to(self.embedding.val(), self.embedding_dtype.0)

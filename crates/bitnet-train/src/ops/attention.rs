@@ -13,6 +13,7 @@ use bitnet_kernels::{
 use burn::tensor::{Device, Tensor, TensorData, activation};
 use rayon::prelude::*;
 
+use super::bf16;
 use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels};
 use super::products::Packed;
 use super::scratch::Scratch;
@@ -41,6 +42,8 @@ pub struct AttentionShape {
     /// order; none is in two sequences. A token then sees those before it in its
     /// own part alone, whose positions begin at 0. None: every sequence is one.
     pub documents: Option<Arc<[usize]>>,
+    /// Whether its products are in bf16. On GPUs.
+    pub bf16: bool,
 }
 
 /// Consecutive rows that see each other.
@@ -129,13 +132,13 @@ pub fn plain(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape) ->
     let q = rotate(heads(q, h));
     let k = repeat(rotate(heads(k, kv_heads)));
     let v = repeat(heads(v, kv_heads));
-    let scores = q.matmul(k.swap_dims(2, 3)) * shape.scale();
+    let scores = bf16::matmul(q, k.swap_dims(2, 3), shape.bf16) * shape.scale();
     // A large finite number instead of -inf, which some drivers turn into NaN.
     let unseen = |row: usize, key: usize| key > row % t || key < starts[row];
     let hide = |i: usize| if unseen(i / t, i % t) { -1e30 } else { 0.0 };
     let hidden: Vec<f32> = (0..b * t * t).map(hide).collect();
     let mask = Tensor::<4>::from_data(TensorData::new(hidden, [b, 1, t, t]), &device);
-    let out = activation::softmax(scores + mask, 3).matmul(v);
+    let out = bf16::matmul(activation::softmax(scores + mask, 3), v, shape.bf16);
     out.swap_dims(1, 2).reshape([b * t, h * c])
 }
 
@@ -452,8 +455,16 @@ mod tests {
         ] {
             let (head_dim, rope_theta) = (8, 10_000.0);
             let documents = documents.map(Arc::from);
-            let shape =
-                AttentionShape { batch, time, heads, kv_heads, head_dim, rope_theta, documents };
+            let shape = AttentionShape {
+                batch,
+                time,
+                heads,
+                kv_heads,
+                head_dim,
+                rope_theta,
+                documents,
+                bf16: false,
+            };
             let rows = batch * time;
             check_gradients(
                 [

@@ -49,7 +49,8 @@ pub struct LayerRecipe {
 impl LayerRecipe {
     /// Whether one operation can compute it.
     pub(super) fn is_fused(&self) -> bool {
-        let fused = |r: LinearRecipe| !r.rotate && (r.is_integer() || r.is_float());
+        let fused =
+            |r: LinearRecipe| !r.rotate && !r.sparsifies() && (r.is_integer() || r.is_float());
         fused(self.linear) && fused(self.output)
     }
 }
@@ -257,6 +258,7 @@ mod tests {
             head_dim,
             rope_theta: 1e4,
             documents: Some([7, 30, 37].into()),
+            bf16: false,
         };
         for recipe in recipes() {
             let recipe = LayerRecipe { linear: recipe, output: recipe, eps: 1e-5 };

@@ -9,6 +9,7 @@
 use bitnet_core::{WeightQuantizer, WeightScheme, ternary};
 use burn::tensor::{Tensor, TensorData};
 
+use super::bf16;
 use super::cpu::{Buffer, CpuOp, apply, is_cpu};
 use super::linear::{LinearRecipe, on_host};
 use super::mixed_linear::{plain_binary, plain_scale};
@@ -89,7 +90,8 @@ pub fn plain(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2>
     let act_scale = absmax / ternary::ACTIVATION_MAX;
     let scaled = x * inv_act_scale;
     let q = scaled.clone().detach().round().clamp(-128.0, 127.0);
-    straight_through(q, scaled).matmul(trits.transpose()) * (act_scale * weight_scale)
+    let product = bf16::exact_matmul(straight_through(q, scaled), trits.transpose(), recipe.bf16);
+    product * (act_scale * weight_scale)
 }
 
 trait RecipOf {

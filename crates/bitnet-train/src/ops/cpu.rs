@@ -39,13 +39,21 @@ impl InnerMost for Device {
 }
 
 /// A contiguous f32 tensor that shares its storage with burn's.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct Buffer(FlexTensor);
 
 impl Buffer {
     fn new(tensor: &FlexTensor) -> Self {
         assert_eq!(tensor.dtype(), DType::F32, "fused operations take f32");
         Self(tensor.to_contiguous())
+    }
+
+    /// That of a tensor on the CPU device without autodiff.
+    ///
+    /// # Panics
+    /// If it is on another device.
+    pub(crate) fn of<const D: usize>(tensor: Tensor<D>) -> Self {
+        Self::new(&plain_primitive(tensor.into_dispatch()))
     }
 
     /// The elements.

@@ -1,12 +1,11 @@
 //! The head: logits, and the cross-entropy that never holds the logits of a
 //! whole batch.
 
-use std::sync::Arc;
-
 use bitnet_kernels::{DenseRows, MatMut, MatRef};
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use rayon::prelude::*;
 
+use super::bf16;
 use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels};
 use super::embedding::host_tokens;
 use super::products::{self, Packed};
@@ -38,7 +37,11 @@ pub fn logits(hidden: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
 
 /// The same with tensor operations.
 pub fn plain_logits(hidden: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
-    hidden.matmul(weight.transpose())
+    head_product(hidden, weight, false)
+}
+
+fn head_product(hidden: Tensor<2>, weight: Tensor<2>, bf16: bool) -> Tensor<2> {
+    bf16::matmul(hidden, weight.transpose(), bf16)
 }
 
 #[derive(Debug, Clone)]
@@ -88,11 +91,13 @@ pub struct Objective {
     pub cross_entropy: f32,
     /// Soft targets, for distillation.
     pub teacher: Option<SoftTargets>,
+    /// Whether the logits, and their gradients, are products in bf16. On GPUs.
+    pub bf16: bool,
 }
 
 impl Default for Objective {
     fn default() -> Self {
-        Self { weights: None, cross_entropy: 1.0, teacher: None }
+        Self { weights: None, cross_entropy: 1.0, teacher: None, bf16: false }
     }
 }
 
@@ -155,14 +160,14 @@ pub fn plain_language_loss(
 ) -> Tensor<1> {
     let [tokens] = targets.dims();
     let device = hidden.device();
-    let logits = plain_logits(hidden, weight);
+    let logits = head_product(hidden, weight, objective.bf16);
     let log_probabilities = activation::log_softmax(logits.clone(), 1);
     let ce = log_probabilities.gather(1, targets.reshape([tokens, 1])).neg();
     let mut loss = ce.mul_scalar(objective.cross_entropy);
     if let Some(teacher) = &objective.teacher {
         let soft =
             |logits: Tensor<2>| activation::log_softmax(logits.div_scalar(teacher.temperature), 1);
-        let given = plain_logits(teacher.hidden.clone(), teacher.weight.clone());
+        let given = head_product(teacher.hidden.clone(), teacher.weight.clone(), objective.bf16);
         let given = if device.is_autodiff() { Tensor::from_inner(given) } else { given };
         let given = soft(given);
         let divergence = (given.clone().exp() * (given - soft(logits))).sum_dim(1);
@@ -187,11 +192,11 @@ struct LanguageLoss {
     teacher: Option<Teacher>,
 }
 
-/// [`SoftTargets`] on the host.
+/// [`SoftTargets`] on the host, sharing their storage.
 #[derive(Debug, Clone)]
 struct Teacher {
-    hidden: Arc<Vec<f32>>,
-    weight: Arc<Vec<f32>>,
+    hidden: Buffer,
+    weight: Buffer,
     cols: usize,
     temperature: f32,
     factor: f32,
@@ -199,10 +204,7 @@ struct Teacher {
 
 impl Teacher {
     fn new(targets: &SoftTargets) -> Self {
-        let values = |t: &Tensor<2>| {
-            let data = t.to_data().try_into_vec::<f32>();
-            Arc::new(data.unwrap_or_else(|e| unreachable!("a teacher computes in f32: {e:?}")))
-        };
+        let values = |t: &Tensor<2>| Buffer::of(t.clone());
         let [_, cols] = targets.hidden.dims();
         let (temperature, factor) = (targets.temperature, targets.factor);
         let (hidden, weight) = (values(&targets.hidden), values(&targets.weight));
@@ -211,14 +213,14 @@ impl Teacher {
 
     /// Its head as a right operand, `[cols, vocab]`.
     fn packed(&self, vocab: usize) -> Packed {
-        Packed::floats(MatRef::new(&self.weight, vocab, self.cols, self.cols).t())
+        Packed::floats(MatRef::new(self.weight.data(), vocab, self.cols, self.cols).t())
     }
 
     /// The logits of tokens `first..first + n`, `[n, vocab]`.
     fn logits(&self, packed: &Packed, first: usize, n: usize, vocab: usize) -> Vec<f32> {
         let cols = self.cols;
         let mut out = vec![0.0f32; n * vocab];
-        let x = MatRef::new(&self.hidden[first * cols..], n, cols, cols);
+        let x = MatRef::new(&self.hidden.data()[first * cols..], n, cols, cols);
         kernels().float_product(x, packed.view(), MatMut::new(&mut out, n, vocab), false);
         out
     }
@@ -395,7 +397,12 @@ mod tests {
         for objective in [
             Objective { weights: Some(mask.clone()), ..Objective::default() },
             Objective { teacher: Some(teacher(3.0)), ..Objective::default() },
-            Objective { weights: Some(mask), cross_entropy: 0.0, teacher: Some(teacher(1.0)) },
+            Objective {
+                weights: Some(mask),
+                cross_entropy: 0.0,
+                teacher: Some(teacher(1.0)),
+                bf16: false,
+            },
         ] {
             type Loss = fn(Tensor<2>, Tensor<2>, Tensor<1, Int>, &Objective) -> Tensor<1>;
             let run = |f: Loss| {

@@ -4,9 +4,10 @@ use bitnet_core::quantizer::{Granularity, hadamard_block};
 use bitnet_core::{ActivationQuantizer, ModelConfig, WeightQuantizer, WeightScheme, names};
 use burn::tensor::{Device, Tensor, TensorData};
 
+use super::bf16;
 use super::bit_linear::bit_linear;
 use super::cpu::is_cpu;
-use super::{mixed_linear, rotation};
+use super::{mixed_linear, rotation, top_k};
 
 /// What happens to a linear layer's weights and inputs before they are multiplied.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -17,6 +18,9 @@ pub struct LinearRecipe {
     pub activations: ActivationQuantizer,
     /// Whether the inputs are rotated first, in blocks (arXiv:2504.18415).
     pub rotate: bool,
+    /// The share of every token's inputs that is kept, by magnitude (arXiv:2411.04965);
+    /// 1: all. What is left out fades with [`Self::blend`].
+    pub keep: f64,
     /// The share of the quantised in what is multiplied: `w + blend · (Q(w) - w)`,
     /// and the same for the inputs. 1 is the recipe, 0 its float form; between
     /// them lies the way from a float model to a ternary one (arXiv:2502.11895).
@@ -24,6 +28,8 @@ pub struct LinearRecipe {
     /// Whether the gradient of the inputs is an integer product too, of gradients
     /// quantised to int8 per token (SwitchBack, arXiv:2304.13013). On the CPU.
     pub int8_backward: bool,
+    /// Whether products of floats, gradients among them, are in bf16. On GPUs.
+    pub bf16: bool,
 }
 
 impl LinearRecipe {
@@ -32,8 +38,10 @@ impl LinearRecipe {
         weights: WeightScheme { quantizer: WeightQuantizer::None, ..WeightScheme::B158 },
         activations: ActivationQuantizer::None,
         rotate: false,
+        keep: 1.0,
         blend: 1.0,
         int8_backward: false,
+        bf16: false,
     };
 
     /// That of a layer of a model.
@@ -43,8 +51,10 @@ impl LinearRecipe {
             weights: config.weight_scheme(),
             activations: config.activations(linear),
             rotate: config.rotates(linear),
+            keep: config.keeps(linear),
             blend: 1.0,
             int8_backward: false,
+            bf16: false,
         }
     }
 
@@ -52,6 +62,11 @@ impl LinearRecipe {
     pub(crate) fn is_float(&self) -> bool {
         let none = self.weights.quantizer == WeightQuantizer::None;
         self.blend == 0.0 || none && self.activations == ActivationQuantizer::None
+    }
+
+    /// Whether some inputs are left out.
+    pub(crate) fn sparsifies(&self) -> bool {
+        self.keep < 1.0 && self.blend > 0.0
     }
 
     /// Integers are multiplied and one scale applied: what the engine computes.
@@ -71,12 +86,14 @@ impl LinearRecipe {
 ///
 /// # Gradients
 /// Straight-through (arXiv:1308.3432): those of the product of what was multiplied,
-/// handed to `x` (rotated back) and `weight` unchanged.
+/// handed to `x` (rotated back, and also where it was left out) and `weight` unchanged.
 pub fn quantized_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
     let x = if recipe.rotate { rotation::rotate(x) } else { x };
+    let x = if recipe.sparsifies() { top_k::sparsify(x, recipe.keep, recipe.blend) } else { x };
     if recipe.is_float() {
         // Nothing of the recipe is left, on the CPU in the order of its products.
-        return mixed_linear::mixed_linear(x, weight, LinearRecipe::FLOAT);
+        let float = LinearRecipe { bf16: recipe.bf16, ..LinearRecipe::FLOAT };
+        return mixed_linear::mixed_linear(x, weight, float);
     }
     if recipe.is_integer() {
         return bit_linear(x, weight, recipe);
@@ -87,8 +104,9 @@ pub fn quantized_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -
 /// The same with tensor operations.
 pub fn plain(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
     let x = if recipe.rotate { rotation::plain(x) } else { x };
+    let x = if recipe.sparsifies() { top_k::plain(x, recipe.keep, recipe.blend) } else { x };
     if recipe.is_float() {
-        return linear(x, weight);
+        return bf16::matmul(x, weight.transpose(), recipe.bf16);
     }
     if recipe.is_integer() {
         return super::bit_linear::plain(x, weight, recipe);

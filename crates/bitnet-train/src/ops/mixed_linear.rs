@@ -11,6 +11,7 @@ use bitnet_kernels::MatRef;
 use burn::tensor::Tensor;
 use rayon::prelude::*;
 
+use super::bf16;
 use super::cpu::{Buffer, CpuOp, apply, is_cpu};
 use super::linear::LinearRecipe;
 use super::products::{self, ROWS, matmul};
@@ -40,7 +41,10 @@ pub(super) fn plain(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Te
         WeightQuantizer::None => weight,
         _ => blend(weight.clone(), plain_weights(weight.detach(), recipe.weights)),
     };
-    x.matmul(weight.transpose())
+    if recipe.is_float() {
+        return bf16::matmul(x, weight.transpose(), recipe.bf16);
+    }
+    bf16::exact_matmul(x, weight.transpose(), recipe.bf16)
 }
 
 fn plain_activations(x: Tensor<2>, quantizer: ActivationQuantizer) -> Tensor<2> {
@@ -230,8 +234,10 @@ mod tests {
                             weights,
                             activations,
                             rotate,
+                            keep: 1.0,
                             blend,
                             int8_backward,
+                            bf16: false,
                         });
                     }
                 }

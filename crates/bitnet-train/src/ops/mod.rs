@@ -9,6 +9,7 @@
 
 mod attention;
 mod attention_layer;
+mod bf16;
 mod bit_linear;
 pub(crate) mod cpu;
 mod embedding;
@@ -22,6 +23,7 @@ pub(crate) mod products;
 mod rms_norm;
 mod rotation;
 pub(crate) mod scratch;
+mod top_k;
 
 pub use attention::{AttentionShape, attention};
 pub use attention_layer::{AttentionWeights, LayerRecipe, attention_layer};

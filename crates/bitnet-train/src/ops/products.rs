@@ -684,8 +684,10 @@ pub(super) mod testing {
             },
             activations,
             rotate: false,
+            keep: 1.0,
             blend: 1.0,
             int8_backward: false,
+            bf16: false,
         };
         vec![
             of(WeightQuantizer::Ternary, ActivationQuantizer::Int8),
