@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bitnet_engine::{EngineError, LoadOptions, Model, physical_cores};
+use bitnet_engine::{EngineError, Model, physical_cores};
 use bitnet_eval::plan::{Form, PlanOptions, Subject, load, plan};
 use bitnet_kernels::Kernels;
 use clap::Args;
@@ -125,8 +125,7 @@ impl PlanArgs {
         if toml || !path.exists() {
             return Ok(load(&self.subject).map_err(coded)?);
         }
-        let options = LoadOptions { source: self.source.options(), ..LoadOptions::default() };
-        let model = Model::open(path, &options).map_err(coded)?;
+        let model = Model::open(path, &self.source.options()).map_err(coded)?;
         Ok(Subject::of_model(&model))
     }
 }

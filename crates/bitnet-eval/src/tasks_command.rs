@@ -7,7 +7,7 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
 use bitnet_core::exit::ExitError;
-use bitnet_engine::{LoadOptions, Model, Session};
+use bitnet_engine::{Model, Session};
 use bitnet_eval::tasks::{
     Builtin, CustomTask, Journal, JournalIdentity, Kind, RunFacts, Task, TaskResult, ask, results,
     samples, table,
@@ -112,8 +112,7 @@ impl TasksArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         let start = (Instant::now(), SystemTime::now());
         let tasks = self.open_tasks()?;
-        let options = LoadOptions { source: self.source.options(), ..LoadOptions::default() };
-        let model = Model::open(&self.model, &options).map_err(coded)?;
+        let model = Model::open(&self.model, &self.source.options()).map_err(coded)?;
         let tokenizer = model.tokenizer().map_err(coded)?;
         let session = Session::new(&model, &self.run.session(None)).map_err(coded)?;
         let (threads, isa, kv) =

@@ -33,8 +33,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
-use bitnet_core::names::Linear;
-use bitnet_core::{Dtype, ModelConfig, WeightQuantizer};
+use bitnet_core::{Dtype, ModelConfig};
 use bitnet_format::model::{self, Facts, Linears, Source};
 use bitnet_format::pack::{self, Form, Keys, Plan};
 
@@ -182,13 +181,10 @@ fn check_destination(src: &Path, dst: &Path, format: Format) -> Result<(), Expor
 /// A type for dense rows is for a packed file of a dense model.
 fn check_dense(config: &ModelConfig, format: Format, dense: DenseType) -> Result<(), ExportError> {
     let wrong = |what: String| Err(ExportError::Dense { dense, what });
-    if dense == DenseType::Auto {
-        return Ok(());
-    }
-    if config.weight_quantizer != WeightQuantizer::None {
+    if !dense.suits(config) {
         return wrong("the model is not a float model".into());
     }
-    if format != Format::Packed {
+    if dense != DenseType::Auto && format != Format::Packed {
         return wrong(format!("it is for --format packed, not {format}"));
     }
     Ok(())
@@ -254,16 +250,13 @@ fn warnings(
                 .to_owned(),
         );
     }
-    if let Form::Rows(ty) = form {
-        let narrow = |l: &Linear| !ty.fits(l.shape(&facts.config)[1]);
-        let names: Vec<_> = Linear::ALL.into_iter().filter(narrow).map(|l| l.hf(0)).collect();
-        if !names.is_empty() {
-            all.push(format!(
-                "{}: f16 instead of {}, its rows are not whole blocks of 32 (in every block)",
-                names.join(", "),
-                ty.name()
-            ));
-        }
+    let names: Vec<_> =
+        Plan::not_whole(&facts.config, form).into_iter().map(|l| l.hf(0)).collect();
+    if let (Some(name), false) = (form.dense_name(), names.is_empty()) {
+        all.push(format!(
+            "{}: f16 instead of {name}, its rows are not whole blocks of 32 (in every block)",
+            names.join(", "),
+        ));
     }
     if options.format != Format::Packed || reproduced {
         return all;
