@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 use bitnet_core::Layout;
 use bitnet_format::map::{Mmap, map, map_file};
 use bitnet_format::model::{self, ModelError, OpenOptions};
-use bitnet_format::pack::{
-    DenseType, LayoutChoice, PackError, Plan, Temporary, pack_temporary,
-};
+use bitnet_format::pack::{DenseType, LayoutChoice, PackError, Plan, Temporary, pack_temporary};
 use bitnet_kernels::Kernels;
 
 use crate::error::EngineError;
@@ -50,7 +48,8 @@ pub(crate) fn open(path: &Path, file: &str, options: &LoadOptions) -> Result<Ope
             return Ok(Opened { map, weights, packing: None });
         }
     }
-    let (Temporary { file: temporary, .. }, packing) = pack(path, file, &options.source, options.dense)?;
+    let (Temporary { file: temporary, .. }, packing) =
+        pack(path, file, &options.source, options.dense)?;
     let map = map_file(&temporary, false)
         .map_err(|source| EngineError::Io { file: file.into(), source })?;
     let weights = load::load(&map, file)?.ok_or_else(|| {

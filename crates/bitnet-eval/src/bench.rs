@@ -19,8 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bitnet_engine::{
-    BatchSession, EngineError, HeadCounts, HeadMode, LoadOptions, Model, Session,
-    SessionOptions,
+    BatchSession, EngineError, HeadCounts, HeadMode, LoadOptions, Model, Session, SessionOptions,
 };
 use bitnet_kernels::Kernels;
 

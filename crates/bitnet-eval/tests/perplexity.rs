@@ -539,7 +539,16 @@ fn a_model_of_another_tool_scores_as_its_packed_file() {
     let direct = nats(&twin, &[&"--dense", &"int4"]);
     assert_eq!(direct, nats(&packed, &[]));
     assert_ne!(direct, nats(&twin, &[]));
-    let refused = eval(&[&"perplexity", &packed, &"--text", &text, &"--ptq", &"ternary", &"--dense", &"int4"]);
+    let refused = eval(&[
+        &"perplexity",
+        &packed,
+        &"--text",
+        &text,
+        &"--ptq",
+        &"ternary",
+        &"--dense",
+        &"int4",
+    ]);
     assert_eq!(refused.status.code(), Some(2));
     assert_eq!(eval(&[&"bench", &dir.path(), &"--prompt", &"4"]).status.code(), Some(3));
 }

@@ -250,8 +250,7 @@ fn warnings(
                 .to_owned(),
         );
     }
-    let names: Vec<_> =
-        Plan::not_whole(&facts.config, form).into_iter().map(|l| l.hf(0)).collect();
+    let names: Vec<_> = Plan::not_whole(&facts.config, form).into_iter().map(|l| l.hf(0)).collect();
     if let (Some(name), false) = (form.dense_name(), names.is_empty()) {
         all.push(format!(
             "{}: f16 instead of {name}, its rows are not whole blocks of 32 (in every block)",

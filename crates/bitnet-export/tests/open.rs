@@ -88,8 +88,7 @@ fn a_packed_file_is_used_in_place() {
 #[test]
 fn a_float_model_opens_as_rows_of_another_type() {
     let dir = tempfile::tempdir().unwrap();
-    let config =
-        ModelConfig { weight_quantizer: WeightQuantizer::None, ..ModelConfig::tiny() };
+    let config = ModelConfig { weight_quantizer: WeightQuantizer::None, ..ModelConfig::tiny() };
     let src = common::RandomModel::new(&config, 1).file().write(&dir);
     let weights = config.parameter_count().linear as f64;
     for (dense, bits) in [

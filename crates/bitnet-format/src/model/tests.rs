@@ -237,9 +237,8 @@ fn i2_s_of_arm_builds_is_read_where_it_is_said() {
     }
     assert_eq!(moved, 4 * 7);
     pieces.write(&arm);
-    let open_as = |path: &Path, i2s| {
-        read_all(path, &OpenOptions { i2s, ..OpenOptions::default() }).unwrap()
-    };
+    let open_as =
+        |path: &Path, i2s| read_all(path, &OpenOptions { i2s, ..OpenOptions::default() }).unwrap();
     let original = open_as(&x86, None);
     let read = open_as(&arm, Some(I2sLayout::Arm));
     let garbage = open_as(&arm, None);

@@ -23,13 +23,8 @@ pub enum DenseType {
 
 impl DenseType {
     /// All of them.
-    pub const ALL: [Self; 5] = [
-        Self::Auto,
-        Self::F32,
-        Self::F16,
-        Self::Rows(RowType::Int8),
-        Self::Rows(RowType::Int4),
-    ];
+    pub const ALL: [Self; 5] =
+        [Self::Auto, Self::F32, Self::F16, Self::Rows(RowType::Int8), Self::Rows(RowType::Int4)];
 
     /// That of a name in options.
     #[must_use]

@@ -142,7 +142,10 @@ fn what_is_wrong_with_a_tensor_is_named() {
     let mixed = [&edit(&zeros, 64, &[0, 0])[..66], &tq2[..66]].concat();
     assert_eq!(decode_ternary(GgmlType::TQ2_0, &mixed, 512, I2sLayout::X86).unwrap().1, 1.0);
     let none = edit(&zeros, 64, &[0, 0]);
-    assert_eq!(decode_ternary(GgmlType::TQ2_0, &none[..66], 256, I2sLayout::X86).unwrap(), (vec![0; 256], 1.0));
+    assert_eq!(
+        decode_ternary(GgmlType::TQ2_0, &none[..66], 256, I2sLayout::X86).unwrap(),
+        (vec![0; 256], 1.0)
+    );
 }
 
 proptest! {
