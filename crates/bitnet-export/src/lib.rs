@@ -33,7 +33,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
-use bitnet_core::{Dtype, ModelConfig};
+use bitnet_core::{Dtype, ModelConfig, WeightQuantizer};
 use bitnet_format::model::{self, Facts, Linears, Source};
 use bitnet_format::pack::{self, Form, Keys, Plan};
 
@@ -122,6 +122,7 @@ pub fn export_with(
     let tokenizer = pack::tokenizer(facts)?;
     let (layout, layout_reason) = options.layout.resolve(config);
     check_dense(config, format, options.dense)?;
+    check_layout(config, format, options.layout)?;
     let form = linear_form(facts, format, options.dense);
     let plan = Plan::new(config, layout, form);
     let name = options.name.clone().unwrap_or_else(|| facts.name.clone());
@@ -188,6 +189,21 @@ fn check_dense(config: &ModelConfig, format: Format, dense: DenseType) -> Result
         return wrong(format!("it is for --format packed, not {format}"));
     }
     Ok(())
+}
+
+/// A layout is for the ternary weights of a packed file.
+fn check_layout(
+    config: &ModelConfig,
+    format: Format,
+    layout: LayoutChoice,
+) -> Result<(), ExportError> {
+    let LayoutChoice::Fixed(layout) = layout else { return Ok(()) };
+    let what = match (format, config.weight_quantizer) {
+        (Format::Packed, WeightQuantizer::None) => "the model has no ternary weights".to_owned(),
+        (Format::Packed, _) => return Ok(()),
+        _ => format!("it is for --format packed, not {format}"),
+    };
+    Err(ExportError::Layout { layout, what })
 }
 
 /// The form of the linear layers.
@@ -262,8 +278,8 @@ fn warnings(
     }
     if facts.golden.is_none() {
         all.push(format!(
-            "{} has no golden.json: the file equals the checkpoint, but its output was not \
-             compared with training's",
+            "{} holds no logits of training (golden.json): every weight was compared, the \
+             model's output with nothing",
             source.path().display()
         ));
     } else if let Some(name) = form.dense_name() {
