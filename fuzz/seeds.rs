@@ -54,6 +54,10 @@ fn float_config(hidden_size: usize) -> ModelConfig {
     }
 }
 
+fn wide() -> ModelConfig {
+    ModelConfig { intermediate_size: 40, ..float_config(64) }
+}
+
 fn byte_level() -> Value {
     json!({
         "version": "1.0",
@@ -96,7 +100,10 @@ fn ggufs(folder: &Path) -> Result<()> {
     for (name, config, linear) in [
         ("packed-p2", config(16), Form::Ternary),
         ("packed-float", float_config(8), Form::Float(Dtype::F16)),
+        ("packed-int8", float_config(32), Form::Rows(RowType::Int8)),
         ("packed-int4", float_config(32), Form::Rows(RowType::Int4)),
+        // Rows of two blocks; those of `down` are no whole ones and stay halves.
+        ("packed-int8-wide", wide(), Form::Rows(RowType::Int8)),
     ] {
         let plan = Plan::new(&config, Layout::P2, linear);
         let keys = Keys {

@@ -4,7 +4,8 @@
 
 use std::sync::LazyLock;
 
-use bitnet_format::gguf::{GgmlType, Reader, blocks};
+use bitnet_format::gguf::blocks::{self, I2sLayout};
+use bitnet_format::gguf::{GgmlType, Reader};
 use bitnet_format::model::tokenizer_json;
 use bitnet_format::tokenizer::{GgufTokenizer, special_tokens};
 use bitnet_fuzz::{bounded, read_model, scratch};
@@ -32,7 +33,9 @@ fn look_at(reader: &Reader<'_>) {
         let Ok(data) = reader.tensor_data(&tensor.name) else { continue };
         let elements = tensor.elements() as usize;
         if matches!(tensor.ty, GgmlType::I2_S | GgmlType::TQ1_0 | GgmlType::TQ2_0) {
-            let _ = blocks::decode_ternary(tensor.ty, data, elements);
+            for layout in I2sLayout::ALL {
+                let _ = blocks::decode_ternary(tensor.ty, data, elements, layout);
+            }
         }
         // A tensor without bytes can state any number of elements.
         if elements <= 8 * data.len() {

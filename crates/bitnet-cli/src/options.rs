@@ -7,6 +7,8 @@ use bitnet_engine::{
     EngineError, HeadMode, KvType, LoadOptions, Model, OpenOptions, Sampler, SamplerOptions,
     Session, SessionOptions,
 };
+use bitnet_format::gguf::blocks::I2sLayout;
+use bitnet_format::pack::DenseType;
 use clap::{Args, ValueEnum};
 
 /// How tokens are chosen. The engine checks the values.
@@ -115,8 +117,27 @@ pub(crate) struct SourceArgs {
     /// A tokenizer.json in place of the model's
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
+    /// Type of a float model's linear weights: f32, f16, int8 or int4 (blocks of 32
+    /// with a scale, 8.5 and 4.5 bits a weight), or auto: as they are stored
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = dense,
+          conflicts_with = "ptq")]
+    dense: DenseType,
     #[command(flatten)]
     weights: WeightArgs,
+}
+
+fn i2s(name: &str) -> Result<I2sLayout, String> {
+    I2sLayout::from_name(name).ok_or_else(|| {
+        let known = I2sLayout::ALL.map(I2sLayout::name).join(", ");
+        format!("unknown builds; known: {known}")
+    })
+}
+
+fn dense(name: &str) -> Result<DenseType, String> {
+    DenseType::from_name(name).ok_or_else(|| {
+        let known = DenseType::ALL.map(DenseType::name).join(", ");
+        format!("unknown type; known: {known}")
+    })
 }
 
 /// Those of them that concern its weights.
@@ -126,6 +147,10 @@ pub(crate) struct WeightArgs {
     /// The activation of a GGUF file whose architecture means another one
     #[arg(long, value_enum)]
     hidden_act: Option<ActArg>,
+    /// The builds of bitnet.cpp that wrote a GGUF file of I2_S: x86 or arm. Nothing in the
+    /// file tells, and read as the other it speaks garbage [default: x86]
+    #[arg(long, value_name = "BUILDS", value_parser = i2s)]
+    i2s: Option<I2sLayout>,
     /// Quantise a float model that was never trained for it: its quality collapses
     #[arg(long, value_enum)]
     ptq: Option<PtqArg>,
@@ -149,6 +174,7 @@ impl WeightArgs {
                 ActArg::Relu2 => Activation::Relu2,
                 ActArg::Silu => Activation::Silu,
             }),
+            i2s: self.i2s,
             ptq: self.ptq.is_some(),
             ..OpenOptions::default()
         }
@@ -162,6 +188,7 @@ impl SourceArgs {
     /// See [`Model::open`].
     pub(crate) fn open(&self, path: &Path) -> Result<Model, ExitError> {
         let source = OpenOptions { tokenizer: self.tokenizer.clone(), ..self.weights.options() };
-        Ok(Model::open(path, &LoadOptions { prefetch: true, source, ..LoadOptions::default() })?)
+        let options = LoadOptions { verify: false, prefetch: true, source, dense: self.dense };
+        Ok(Model::open(path, &options)?)
     }
 }

@@ -10,6 +10,7 @@ use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
 use bitnet_format::gguf::blocks::RowType;
 use bitnet_format::map::Mmap;
 use bitnet_format::model::OpenOptions;
+use bitnet_format::pack::DenseType;
 use bitnet_kernels::{DenseRows, Kernels, TernaryRows, repack_row};
 use half::{bf16, f16};
 
@@ -33,6 +34,9 @@ pub struct LoadOptions {
     /// What a model of another tool leaves open. A packed file is packed anew
     /// where these change it.
     pub source: OpenOptions,
+    /// The type of a float model's linear layers. Where it is another than the
+    /// file's, the model is packed when it is opened.
+    pub dense: DenseType,
 }
 
 /// A packed model, memory-mapped. Cloning shares it.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bitnet_core::Layout;
 use bitnet_format::map::{Mmap, map, map_file};
 use bitnet_format::model::{self, ModelError, OpenOptions};
-use bitnet_format::pack::{DenseType, LayoutChoice, PackError, Temporary, pack_temporary};
+use bitnet_format::pack::{DenseType, LayoutChoice, PackError, Plan, Temporary, pack_temporary};
 use bitnet_kernels::Kernels;
 
 use crate::error::EngineError;
@@ -41,14 +41,15 @@ pub(crate) struct Opened {
 
 /// Opens what `path` names; `file` is what errors call it.
 pub(crate) fn open(path: &Path, file: &str, options: &LoadOptions) -> Result<Opened, EngineError> {
-    if !path.is_dir() && options.source.is_default() {
+    if !path.is_dir() && options.source.is_default() && options.dense == DenseType::Auto {
         let map = map(path, options.prefetch)
             .map_err(|source| EngineError::Io { file: file.into(), source })?;
         if let Some(weights) = load::load(&map, file)? {
             return Ok(Opened { map, weights, packing: None });
         }
     }
-    let (Temporary { file: temporary, .. }, packing) = pack(path, file, &options.source)?;
+    let (Temporary { file: temporary, .. }, packing) =
+        pack(path, file, &options.source, options.dense)?;
     let map = map_file(&temporary, false)
         .map_err(|source| EngineError::Io { file: file.into(), source })?;
     let weights = load::load(&map, file)?.ok_or_else(|| {
@@ -66,11 +67,17 @@ fn pack(
     path: &Path,
     file: &str,
     options: &OpenOptions,
+    dense: DenseType,
 ) -> Result<(Temporary, Packing), EngineError> {
     let start = Instant::now();
     let source = model::open(path, options).map_err(PackError::from)?;
+    let facts = source.facts();
+    if !dense.suits(&facts.config) {
+        let why = format!("{file} ({}) is not a float model", facts.kind);
+        return Err(EngineError::Option { option: "dense", value: dense.name().into(), why });
+    }
     let mut last = start;
-    let packed = pack_temporary(&*source, layout(), DenseType::Auto, &mut |done, total| {
+    let packed = pack_temporary(&*source, layout(), dense, &mut |done, total| {
         if last.elapsed() >= LINES_EVERY {
             last = Instant::now();
             let percent = 100.0 * done as f64 / total.max(1) as f64;
@@ -78,10 +85,10 @@ fn pack(
         }
     })?;
     let packing = Packing {
-        kind: source.facts().kind.clone(),
+        kind: facts.kind.clone(),
         bytes: packed.bytes,
         seconds: start.elapsed().as_secs_f64(),
-        command: command(file, options),
+        command: command(file, options, dense),
     };
     let Packing { kind, bytes, seconds, command } = &packing;
     tracing::warn!(
@@ -89,6 +96,14 @@ fn pack(
          `{command}` does it once for all",
         *bytes as f64 / 1e6,
     );
+    let form = Plan::packed_form(&facts.config, dense, facts.linear_form());
+    let f16: Vec<_> = Plan::not_whole(&facts.config, form).iter().map(|l| l.hf(0)).collect();
+    if !f16.is_empty() {
+        tracing::warn!(
+            "{file}: {} are f16, since their rows are not whole blocks of 32 (in every block)",
+            f16.join(", ")
+        );
+    }
     if options.ptq {
         tracing::warn!("{file}: its weights were not trained to be ternary, the quality collapses");
     }
@@ -105,16 +120,22 @@ fn layout() -> LayoutChoice {
 }
 
 /// The command that packs once for all.
-fn command(file: &str, options: &OpenOptions) -> String {
+fn command(file: &str, options: &OpenOptions, dense: DenseType) -> String {
     let mut command = format!("bitnet-export import {file} -o model.gguf");
     if let Some(act) = options.hidden_act {
         command += &format!(" --hidden-act {}", act.name());
+    }
+    if let Some(layout) = options.i2s {
+        command += &format!(" --i2s {}", layout.name());
     }
     if let Some(tokenizer) = &options.tokenizer {
         command += &format!(" --tokenizer {}", tokenizer.display());
     }
     if options.ptq {
         command += " --ptq ternary";
+    }
+    if dense != DenseType::Auto {
+        command += &format!(" --dense {}", dense.name());
     }
     command
 }

@@ -48,7 +48,7 @@ fn logits_follow_the_formulas() {
         let read = model.config();
         assert_eq!((read, read.head_dim()), (&config, config.head_dim()), "{name}");
         let tokens = Random(i as u64).tokens(21, &config);
-        let want = reference::run(&random, &tokens);
+        let want = reference::run(&random, &tokens, &[]);
         let found = score(&mut session(&model, SessionOptions::default()), &tokens);
         for (t, (found, want)) in found.iter().zip(&want).enumerate() {
             let difference = max_difference(found, &want.logits);

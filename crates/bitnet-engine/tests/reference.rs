@@ -98,7 +98,7 @@ fn logits_and_greedy_tokens_equal_the_reference() {
     let numbers = |v: &serde_json::Value| -> Vec<u32> {
         v.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
     };
-    let mut equal = 0;
+    let mut texts = Vec::new();
     for (i, sequence) in sequences.iter().enumerate() {
         let tokens = numbers(&sequence["tokens"]);
         let want = npy(&fixture(&format!("seq{i}.npy")));
@@ -123,38 +123,29 @@ fn logits_and_greedy_tokens_equal_the_reference() {
             greedy.push(argmax(session.logits()));
             session.decode(greedy[greedy.len() - 1]).unwrap();
         }
+        // Its own text is that of the f64 pass with the roundings that part them.
+        let own: Vec<u32> = tokens.iter().chain(&greedy).copied().collect();
+        let mut found = Vec::new();
+        session.reset();
+        session.score(&own, |_, logits| found.push(logits.to_vec())).unwrap();
+        let (flips, exact) = reference::explain(&plain, &own, &found);
+        let answers = exact[tokens.len() - 1..].iter().map(|p| argmax(&p.logits));
+        assert!(greedy.iter().copied().eq(answers.take(24)), "{i}: {flips:?}");
         let want = numbers(&sequence["greedy_no_cache"]);
-        let all: Vec<u32> = tokens.iter().chain(&want).copied().collect();
-        let steady = steady_positions(&plain, &mut session, &all);
-        // Token n of the text is the answer of position tokens - 1 + n.
-        let exact = (steady + 1 - tokens.len()).min(24);
-        assert!(exact >= 12 && greedy[..exact] == want[..exact], "{i}: {want:?} {greedy:?}");
-        equal += usize::from(greedy == want);
+        let part = greedy.iter().zip(&want).position(|(a, b)| a != b);
+        // Without such a rounding before it no token may differ.
+        let first = flips.first().map(|(flip, _)| flip.position);
+        assert!(part.is_none_or(|n| first.is_some_and(|f| f < tokens.len() + n)), "{i}");
+        texts.push(part);
     }
-    // In the first, an activation rounds the other way in f32 than in f64, and
-    // a few tokens later the best two logits are closer than what that moves.
-    assert!(equal >= 2, "{equal} of 3 greedy texts are the reference's");
+    assert_eq!(texts, TEXTS_PART);
 }
+
+/// The first token of each greedy text that is not the reference's. In the first text an
+/// activation of position 27 rounds the other way; bitnet-export's tests/reference.rs
+/// names it.
+const TEXTS_PART: [Option<usize>; 3] = [Some(21), None, None];
 
 fn argmax(logits: &[f32]) -> u32 {
     logits.iter().zip(0u32..).reduce(|a, b| if b.0 > a.0 { b } else { a }).unwrap().1
-}
-
-/// How many positions have the logits of an f64 forward pass, within 1e-5: all,
-/// or those before the first at which an activation lies so near to a half that
-/// f32 rounds it the other way.
-fn steady_positions(plain: &RandomModel, session: &mut Session, tokens: &[u32]) -> usize {
-    let want = reference::run(plain, tokens);
-    let mut differences = Vec::new();
-    session.reset();
-    session
-        .score(tokens, |t, found| differences.push(max_difference(found, &want[t].logits)))
-        .unwrap();
-    let steady = differences.iter().position(|d| *d >= 1e-5).unwrap_or(tokens.len());
-    if let Some(flipped) = want.get(steady) {
-        // Activations reach 127 and carry relative errors of a few 1e-7.
-        let (margin, difference) = (flipped.margin, differences[steady]);
-        assert!(margin < 2e-5, "position {steady}: {difference}, no flip explains it: {margin}");
-    }
-    steady
 }

@@ -19,8 +19,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bitnet_engine::{
-    BatchSession, EngineError, HeadCounts, HeadMode, LoadOptions, Model, OpenOptions, Session,
-    SessionOptions,
+    BatchSession, EngineError, HeadCounts, HeadMode, LoadOptions, Model, Session, SessionOptions,
 };
 use bitnet_kernels::Kernels;
 
@@ -102,15 +101,13 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Opens a model, asking the system to read it ahead; `source` says what a model
-    /// of another tool leaves open.
+    /// Opens a model, asking the system to read it ahead.
     ///
     /// # Errors
     /// See [`Model::open`].
-    pub fn open(path: &Path, source: &OpenOptions) -> Result<Self, EvalError> {
+    pub fn open(path: &Path, options: &LoadOptions) -> Result<Self, EvalError> {
         let start = Instant::now();
-        let (prefetch, source) = (true, source.clone());
-        let options = LoadOptions { prefetch, source, ..LoadOptions::default() };
+        let options = LoadOptions { prefetch: true, ..options.clone() };
         let model = Model::open(path, &options)?;
         Ok(Self { model, load_seconds: start.elapsed().as_secs_f64() })
     }

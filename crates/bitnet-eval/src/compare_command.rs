@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::Context;
 use bitnet_core::Exit;
 use bitnet_core::exit::ExitError;
-use bitnet_engine::{EngineError, OpenOptions, physical_cores};
+use bitnet_engine::{EngineError, LoadOptions, physical_cores};
 use bitnet_eval::EvalError;
 use bitnet_eval::bench::{BenchOptions, Loaded, Report, Row, Setting, Spread, bench};
 use bitnet_eval::compare::{
@@ -107,7 +107,7 @@ impl CompareArgs {
         }
         let loaded: Vec<Loaded> = files
             .iter()
-            .map(|file| Loaded::open(file, &OpenOptions::default()))
+            .map(|file| Loaded::open(file, &LoadOptions::default()))
             .collect::<Result<_, _>>()
             .map_err(coded)?;
         let setting = Setting {
@@ -141,7 +141,7 @@ impl CompareArgs {
         for (i, spec) in specs.iter().enumerate() {
             let (memory, quality) = &alone[i];
             let times: Result<Vec<f64>, _> = (0..LOADS)
-                .map(|_| Loaded::open(&files[i], &OpenOptions::default()).map(|l| l.load_seconds))
+                .map(|_| Loaded::open(&files[i], &LoadOptions::default()).map(|l| l.load_seconds))
                 .collect();
             let times = times.map_err(coded)?;
             let mut figures = figures(spec, &self.models[i], &loaded[i], &report)?;

@@ -22,9 +22,11 @@ use std::process::ExitCode;
 use anyhow::Context;
 use bitnet_core::Activation;
 use bitnet_core::exit::{self, Exit, ExitError};
-use bitnet_engine::{KvType, OpenOptions, SessionOptions};
+use bitnet_engine::{KvType, LoadOptions, OpenOptions, SessionOptions};
 use bitnet_eval::{EvalError, growth};
+use bitnet_format::gguf::blocks::I2sLayout;
 use bitnet_format::json::write_json;
+use bitnet_format::pack::DenseType;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
@@ -87,10 +89,33 @@ struct SourceArgs {
     /// The activation of a GGUF file whose architecture means another one
     #[arg(long, value_enum)]
     hidden_act: Option<ActArg>,
+    /// The builds of bitnet.cpp that wrote a GGUF file of I2_S: x86 or arm. Nothing in the
+    /// file tells, and read as the other it speaks garbage [default: x86]
+    #[arg(long, value_name = "BUILDS", value_parser = i2s)]
+    i2s: Option<I2sLayout>,
     /// Quantise a float model that was never trained for it: its quality collapses,
     /// and this measures by how much
     #[arg(long, value_enum)]
     ptq: Option<PtqArg>,
+    /// Type of a float model's linear weights: f32, f16, int8 or int4 (blocks of 32
+    /// with a scale, 8.5 and 4.5 bits a weight), or auto: as they are stored
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = dense,
+          conflicts_with = "ptq")]
+    dense: DenseType,
+}
+
+fn i2s(name: &str) -> Result<I2sLayout, String> {
+    I2sLayout::from_name(name).ok_or_else(|| {
+        let known = I2sLayout::ALL.map(I2sLayout::name).join(", ");
+        format!("unknown builds; known: {known}")
+    })
+}
+
+fn dense(name: &str) -> Result<DenseType, String> {
+    DenseType::from_name(name).ok_or_else(|| {
+        let known = DenseType::ALL.map(DenseType::name).join(", ");
+        format!("unknown type; known: {known}")
+    })
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -111,20 +136,23 @@ impl SourceArgs {
             ("--tokenizer", self.tokenizer.is_some()),
             ("--hidden-act", self.hidden_act.is_some()),
             ("--ptq", self.ptq.is_some()),
+            ("--dense", self.dense.is_some()),
         ];
         given.into_iter().find(|(_, given)| *given).map(|(option, _)| option)
     }
 
-    fn options(&self) -> OpenOptions {
-        OpenOptions {
+    fn options(&self) -> LoadOptions {
+        let source = OpenOptions {
             hidden_act: self.hidden_act.map(|act| match act {
                 ActArg::Relu2 => Activation::Relu2,
                 ActArg::Silu => Activation::Silu,
             }),
+            i2s: self.i2s,
             tokenizer: self.tokenizer.clone(),
             ptq: self.ptq.is_some(),
             without_text: false,
-        }
+        };
+        LoadOptions { source, dense: self.dense, ..LoadOptions::default() }
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use bitnet_core::exit::ExitError;
 use bitnet_data::{FileOptions, Source, Split, TextSplit};
-use bitnet_engine::{LoadOptions, Model, Session, SessionOptions, Tokenizer, Workers};
+use bitnet_engine::{Model, Session, SessionOptions, Tokenizer, Workers};
 use bitnet_eval::words::WikitextDetokenizer;
 use bitnet_eval::{
     EngineModel, EvalError, Mode, Perplexity, PerplexityOptions, TextDocument, TokenSource,
@@ -146,8 +146,7 @@ impl PerplexityArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         let mode = self.mode.mode();
         self.check(mode)?;
-        let options = LoadOptions { source: self.source.options(), ..LoadOptions::default() };
-        let model = Model::open(&self.model, &options).map_err(coded)?;
+        let model = Model::open(&self.model, &self.source.options()).map_err(coded)?;
         let tokenizer = model.tokenizer().map_err(coded)?;
         let settings = self.run.session(None);
         let workers = Workers::new(settings.threads.unwrap_or_else(bitnet_engine::physical_cores))

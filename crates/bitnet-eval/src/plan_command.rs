@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bitnet_engine::{EngineError, LoadOptions, Model, physical_cores};
+use bitnet_engine::{EngineError, Model, physical_cores};
 use bitnet_eval::EvalError;
 use bitnet_eval::plan::{Form, PlanOptions, Subject, load, plan};
 use bitnet_kernels::Kernels;
@@ -148,8 +148,7 @@ impl PlanArgs {
             }
             return Ok(load(&self.subject).map_err(coded)?);
         }
-        let options = LoadOptions { source: self.source.options(), ..LoadOptions::default() };
-        let model = Model::open(path, &options).map_err(coded)?;
+        let model = Model::open(path, &self.source.options()).map_err(coded)?;
         Ok(Subject::of_model(&model))
     }
 }

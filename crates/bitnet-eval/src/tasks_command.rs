@@ -7,7 +7,7 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
 use bitnet_core::exit::ExitError;
-use bitnet_engine::{EngineError, LoadOptions, Model, Session, physical_cores};
+use bitnet_engine::{EngineError, Model, Session, physical_cores};
 use bitnet_eval::tasks::{
     Builtin, CustomTask, Journal, JournalIdentity, Kind, RunFacts, Sampler, Task, TaskResult, ask,
     results, samples, table,
@@ -123,8 +123,7 @@ impl TasksArgs {
     pub(crate) fn run(&self) -> anyhow::Result<()> {
         let start = (Instant::now(), SystemTime::now());
         let tasks = self.open_tasks()?;
-        let options = LoadOptions { source: self.source.options(), ..LoadOptions::default() };
-        let model = Model::open(&self.model, &options).map_err(coded)?;
+        let model = Model::open(&self.model, &self.source.options()).map_err(coded)?;
         let tokenizer = model.tokenizer().map_err(coded)?;
         let settings = self.run.session(None);
         let kernels = Kernels::from_env().map_err(|e| coded(EngineError::from(e)))?;

@@ -11,13 +11,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use bitnet_core::ModelConfig;
+use bitnet_core::{ModelConfig, WeightQuantizer};
 use bitnet_data::{ChatOptions, FileOptions, PrepareOptions, Source, Split, prepare};
 use bitnet_engine::{LoadOptions, Model, Session, SessionOptions};
 use bitnet_eval::{
     EngineModel, LanguageModel, Mode, PerplexityOptions, TokenSource, TokenText, open_shards,
     perplexity,
 };
+use bitnet_format::gguf::blocks::RowType;
+use bitnet_format::pack::DenseType;
 use common::{EOS, Random, RandomModel, tokenizer_json, variants};
 
 /// A model, and shards made with its tokenizer.
@@ -527,5 +529,31 @@ fn a_model_of_another_tool_scores_as_its_packed_file() {
         found.push(direct);
     }
     assert!((found[0] - found[1]).abs() < 1e-3, "{found:?}");
+    // A float twin as rows of integers, made on opening and kept in a file.
+    let config = ModelConfig { weight_quantizer: WeightQuantizer::None, ..ModelConfig::tiny() };
+    let twin = RandomModel::new(&config, 1).file().write(&dir);
+    let dense = DenseType::Rows(RowType::Int4);
+    let opened = Model::open(&twin, &LoadOptions { dense, ..LoadOptions::default() }).unwrap();
+    let packed = dir.path().join("int4.gguf");
+    fs::write(&packed, opened.as_bytes()).unwrap();
+    let nats = |model: &Path, more: &[&dyn AsRef<std::ffi::OsStr>]| {
+        let args: [&dyn AsRef<std::ffi::OsStr>; 6] =
+            [&"perplexity", &model, &"--text", &text, &"--json", &"-"];
+        json(&eval(&[&args[..], more].concat()))["nats"].as_f64().unwrap()
+    };
+    let direct = nats(&twin, &[&"--dense", &"int4"]);
+    assert_eq!(direct, nats(&packed, &[]));
+    assert_ne!(direct, nats(&twin, &[]));
+    let refused = eval(&[
+        &"perplexity",
+        &packed,
+        &"--text",
+        &text,
+        &"--ptq",
+        &"ternary",
+        &"--dense",
+        &"int4",
+    ]);
+    assert_eq!(refused.status.code(), Some(2));
     assert_eq!(eval(&[&"bench", &dir.path(), &"--prompt", &"4"]).status.code(), Some(3));
 }

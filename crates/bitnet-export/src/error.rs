@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bitnet_core::{ConfigError, Exit, ExitError};
+use bitnet_core::{ConfigError, Exit, ExitError, Layout};
 use bitnet_engine::EngineError;
 use bitnet_format::gguf::GgufError;
 use bitnet_format::gguf::blocks::BlockError;
@@ -47,6 +47,9 @@ pub enum ExportError {
     /// A type of dense rows that the output does not have.
     #[error("--dense {}: {what}", dense.name())]
     Dense { dense: DenseType, what: String },
+    /// A layout that the output does not have.
+    #[error("--layout {}: {what}", layout.name())]
+    Layout { layout: Layout, what: String },
     /// The model cannot be read.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -113,6 +116,7 @@ impl ExportError {
             | Self::DestinationHoldsOther(_)
             | Self::Format { .. }
             | Self::Dense { .. }
+            | Self::Layout { .. }
             | Self::NoConfig(_)
             | Self::Config { .. }
             | Self::Set { .. }

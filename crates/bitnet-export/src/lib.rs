@@ -33,7 +33,6 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Instant;
 
-use bitnet_core::names::Linear;
 use bitnet_core::{Dtype, ModelConfig, WeightQuantizer};
 use bitnet_format::model::{self, Facts, Linears, Source};
 use bitnet_format::pack::{self, Form, Keys, Plan};
@@ -123,6 +122,7 @@ pub fn export_with(
     let tokenizer = pack::tokenizer(facts)?;
     let (layout, layout_reason) = options.layout.resolve(config);
     check_dense(config, format, options.dense)?;
+    check_layout(config, format, options.layout)?;
     let form = linear_form(facts, format, options.dense);
     let plan = Plan::new(config, layout, form);
     let name = options.name.clone().unwrap_or_else(|| facts.name.clone());
@@ -182,16 +182,28 @@ fn check_destination(src: &Path, dst: &Path, format: Format) -> Result<(), Expor
 /// A type for dense rows is for a packed file of a dense model.
 fn check_dense(config: &ModelConfig, format: Format, dense: DenseType) -> Result<(), ExportError> {
     let wrong = |what: String| Err(ExportError::Dense { dense, what });
-    if dense == DenseType::Auto {
-        return Ok(());
-    }
-    if config.weight_quantizer != WeightQuantizer::None {
+    if !dense.suits(config) {
         return wrong("the model is not a float model".into());
     }
-    if format != Format::Packed {
+    if dense != DenseType::Auto && format != Format::Packed {
         return wrong(format!("it is for --format packed, not {format}"));
     }
     Ok(())
+}
+
+/// A layout is for the ternary weights of a packed file.
+fn check_layout(
+    config: &ModelConfig,
+    format: Format,
+    layout: LayoutChoice,
+) -> Result<(), ExportError> {
+    let LayoutChoice::Fixed(layout) = layout else { return Ok(()) };
+    let what = match (format, config.weight_quantizer) {
+        (Format::Packed, WeightQuantizer::None) => "the model has no ternary weights".to_owned(),
+        (Format::Packed, _) => return Ok(()),
+        _ => format!("it is for --format packed, not {format}"),
+    };
+    Err(ExportError::Layout { layout, what })
 }
 
 /// The form of the linear layers.
@@ -254,24 +266,20 @@ fn warnings(
                 .to_owned(),
         );
     }
-    if let Form::Rows(ty) = form {
-        let narrow = |l: &Linear| !ty.fits(l.shape(&facts.config)[1]);
-        let names: Vec<_> = Linear::ALL.into_iter().filter(narrow).map(|l| l.hf(0)).collect();
-        if !names.is_empty() {
-            all.push(format!(
-                "{}: f16 instead of {}, its rows are not whole blocks of 32 (in every block)",
-                names.join(", "),
-                ty.name()
-            ));
-        }
+    let names: Vec<_> = Plan::not_whole(&facts.config, form).into_iter().map(|l| l.hf(0)).collect();
+    if let (Some(name), false) = (form.dense_name(), names.is_empty()) {
+        all.push(format!(
+            "{}: f16 instead of {name}, its rows are not whole blocks of 32 (in every block)",
+            names.join(", "),
+        ));
     }
     if options.format != Format::Packed || reproduced {
         return all;
     }
     if facts.golden.is_none() {
         all.push(format!(
-            "{} has no golden.json: the file equals the checkpoint, but its output was not \
-             compared with training's",
+            "{} holds no logits of training (golden.json): every weight was compared, the \
+             model's output with nothing",
             source.path().display()
         ));
     } else if let Some(name) = form.dense_name() {

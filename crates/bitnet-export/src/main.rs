@@ -16,8 +16,9 @@ use anyhow::Context;
 use bitnet_core::{Activation, ExitError, Layout, exit};
 use bitnet_export::{
     DenseType, ExportError, ExportOptions, Format, LayoutChoice, OpenOptions, Phase, Progress,
-    Report, RowType, SyntheticOptions, SyntheticReport, export_with, model_config, synthesize,
+    Report, SyntheticOptions, SyntheticReport, export_with, model_config, synthesize,
 };
+use bitnet_format::gguf::blocks::I2sLayout;
 use bitnet_format::json::write_json;
 use clap::{Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -50,7 +51,7 @@ enum Command {
 ///
 /// SRC is a Hugging Face folder (packed ternary weights of either meaning of
 /// their scale, master weights, or floats; shards too) or a GGUF file of
-/// llama.cpp or bitnet.cpp (I2_S in the x86 layout, TQ1_0, TQ2_0, F32, F16, BF16,
+/// llama.cpp or bitnet.cpp (I2_S, TQ1_0, TQ2_0, F32, F16, BF16,
 /// Q8_0, Q6_K, Q4_K, Q4_0).
 #[derive(Debug, clap::Args)]
 struct Import {
@@ -75,14 +76,18 @@ struct Src {
     /// are not whole blocks), or auto: as
     /// they are stored. Where weights are rounded, training's logits are not
     /// compared.
-    #[arg(long, value_enum, default_value_t = Dense::Auto)]
-    dense: Dense,
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = dense)]
+    dense: DenseType,
     /// A tokenizer.json in place of the source's.
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
     /// The activation of a GGUF file whose architecture means another one.
     #[arg(long, value_enum)]
     hidden_act: Option<Act>,
+    /// The builds of bitnet.cpp that wrote a GGUF file of I2_S: x86 or arm. Nothing in
+    /// the file tells, and read as the other it speaks garbage [default: x86].
+    #[arg(long, value_name = "BUILDS", value_parser = i2s)]
+    i2s: Option<I2sLayout>,
     /// Quantise a float model that was never trained for it. Its quality
     /// collapses: for measuring how much.
     #[arg(long, value_enum)]
@@ -153,13 +158,18 @@ struct Common {
     json: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Dense {
-    Auto,
-    F32,
-    F16,
-    Int8,
-    Int4,
+fn i2s(name: &str) -> Result<I2sLayout, String> {
+    I2sLayout::from_name(name).ok_or_else(|| {
+        let known = I2sLayout::ALL.map(I2sLayout::name).join(", ");
+        format!("unknown builds; known: {known}")
+    })
+}
+
+fn dense(name: &str) -> Result<DenseType, String> {
+    DenseType::from_name(name).ok_or_else(|| {
+        let known = DenseType::ALL.map(DenseType::name).join(", ");
+        format!("unknown type; known: {known}")
+    })
 }
 
 fn format(name: &str) -> Result<Format, String> {
@@ -235,18 +245,13 @@ fn pack(
         format,
         layout: common.layout,
         name: common.name.clone(),
-        dense: match args.dense {
-            Dense::Auto => DenseType::Auto,
-            Dense::F32 => DenseType::F32,
-            Dense::F16 => DenseType::F16,
-            Dense::Int8 => DenseType::Rows(RowType::Int8),
-            Dense::Int4 => DenseType::Rows(RowType::Int4),
-        },
+        dense: args.dense,
         open: OpenOptions {
             hidden_act: args.hidden_act.map(|act| match act {
                 Act::Relu2 => Activation::Relu2,
                 Act::Silu => Activation::Silu,
             }),
+            i2s: args.i2s,
             tokenizer: args.tokenizer.clone(),
             ptq: args.ptq.is_some(),
             without_text: false,

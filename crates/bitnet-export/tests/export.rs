@@ -276,6 +276,22 @@ fn dense_types_are_for_packed_files_of_float_models() {
 }
 
 #[test]
+fn layouts_are_for_packed_files_of_ternary_models() {
+    for (config, format, text) in [
+        (ModelConfig::tiny(), Format::HfPacked, "--layout p5: it is for --format packed, not hf-"),
+        (twin(ModelConfig::tiny()), Format::Packed, "--layout p5: the model has no ternary"),
+    ] {
+        let run = Run::new(&config);
+        let layout = Layout::P5.into();
+        let options = ExportOptions { layout, format, ..ExportOptions::default() };
+        let error = export(&run.run, &run.dst, &options).unwrap_err();
+        assert_eq!(error.exit(), Exit::Usage);
+        assert!(error.to_string().contains(text), "{error}");
+        assert!(!run.dst.exists());
+    }
+}
+
+#[test]
 fn the_newest_checkpoint_is_taken() {
     let run = Run::new(&ModelConfig::tiny());
     let checkpoints = run.run.join("checkpoints");

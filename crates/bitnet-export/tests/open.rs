@@ -8,9 +8,9 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
-use bitnet_core::{Activation, ModelConfig};
+use bitnet_core::{Activation, ModelConfig, WeightQuantizer};
 use bitnet_engine::{EngineError, LoadOptions, Model};
-use bitnet_export::{ExportOptions, Format, OpenOptions, export};
+use bitnet_export::{DenseType, ExportOptions, Format, OpenOptions, RowType, export};
 use serde_json::{Value, json};
 
 fn crates() -> PathBuf {
@@ -82,6 +82,38 @@ fn a_packed_file_is_used_in_place() {
     let options = ExportOptions { format: Format::HfPacked, ..ExportOptions::default() };
     export(&src, &folder, &options).unwrap();
     check(&folder, &OpenOptions::default(), "folder -o model.gguf");
+}
+
+/// `dense` on opening is `--dense` of an export, and refused where it changes nothing.
+#[test]
+fn a_float_model_opens_as_rows_of_another_type() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = ModelConfig { weight_quantizer: WeightQuantizer::None, ..ModelConfig::tiny() };
+    let src = common::RandomModel::new(&config, 1).file().write(&dir);
+    let weights = config.parameter_count().linear as f64;
+    for (dense, bits) in [
+        (DenseType::Rows(RowType::Int8), 8.5),
+        (DenseType::Rows(RowType::Int4), 4.5),
+        (DenseType::F16, 16.0),
+        (DenseType::F32, 32.0),
+    ] {
+        let dst = dir.path().join("dense.gguf");
+        export(&src, &dst, &ExportOptions { dense, ..ExportOptions::default() }).unwrap();
+        let options = LoadOptions { verify: true, dense, ..LoadOptions::default() };
+        let model = Model::open(&src, &options).unwrap();
+        assert!(model.as_bytes() == std::fs::read(&dst).unwrap(), "{}", dense.name());
+        assert_eq!(model.parts().dense as f64 * 8.0, weights * bits);
+        let packing = model.packing().unwrap();
+        let command = format!("-o model.gguf --dense {}", dense.name());
+        assert!(packing.command.ends_with(&command), "{}", packing.command);
+        assert_eq!(DenseType::from_name(dense.name()), Some(dense));
+    }
+    let ternary = common::RandomModel::new(&ModelConfig::tiny(), 1).file().write(&dir);
+    let options = LoadOptions { dense: DenseType::F16, ..LoadOptions::default() };
+    let error = Model::open(&ternary, &options).unwrap_err();
+    assert_eq!(error.exit(), bitnet_core::Exit::Usage);
+    let text = error.to_string();
+    assert!(text.contains("dense = f16") && text.contains("is not a float model"), "{text}");
 }
 
 #[test]

@@ -2,12 +2,96 @@
 //! cache, exact integers where the model has them. Shares no code with the
 //! engine.
 
-use std::cell::Cell;
-
 use bitnet_core::names::{Linear, Norm};
 use bitnet_core::{Activation, ModelConfig};
 
-use super::{Block, Dense, RandomModel, Weight, norm_name};
+use super::{Block, Dense, RandomModel, Weight, max_difference, norm_name};
+
+/// How far from a half an activation may lie, in steps of its int8 grid, for f32 to
+/// round it the other way: it reaches 127 and carries relative errors of a few 1e-7.
+const NEAR: f64 = 2e-5;
+
+/// Logits are computed alike where they differ by less; one activation that rounds the
+/// other way moves them by thousand times that.
+const ALIKE: f32 = 1e-5;
+
+/// The vectors of a block that are quantised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Input {
+    /// Of q, k and v.
+    Attention,
+    /// Of o.
+    Output,
+    /// Of gate and up.
+    FeedForward,
+    /// Of down.
+    Down,
+}
+
+/// The rounding of one activation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rounding {
+    pub position: usize,
+    pub layer: usize,
+    pub input: Input,
+    pub index: usize,
+}
+
+/// The result at one position.
+pub struct Position {
+    pub logits: Vec<f32>,
+    /// The activations of this token that lie near a half, with their distance to it,
+    /// the nearest first.
+    pub near: Vec<(Rounding, f64)>,
+}
+
+impl Position {
+    /// The distance of the nearest.
+    pub fn margin(&self) -> f64 {
+        self.near.first().map_or(NEAR, |(_, distance)| *distance)
+    }
+}
+
+/// A vector as a linear layer reads it.
+struct Quantized<'a> {
+    x: &'a [f64],
+    q: Vec<i64>,
+    scale: f64,
+}
+
+/// What a pass is told and what it notes.
+struct Roundings<'a> {
+    /// Activations that go the other way.
+    other_way: &'a [Rounding],
+    /// Of each position, those near a half.
+    near: Vec<Vec<(Rounding, f64)>>,
+}
+
+impl Roundings<'_> {
+    fn quantize<'x>(
+        &mut self,
+        x: &'x [f64],
+        position: usize,
+        layer: usize,
+        input: Input,
+    ) -> Quantized<'x> {
+        let absmax = x.iter().fold(1e-5f64, |m, x| m.max(x.abs()));
+        let mut q = Vec::with_capacity(x.len());
+        for (index, x) in x.iter().enumerate() {
+            let value = x * 127.0 / absmax;
+            let mut int = value.round_ties_even().clamp(-128.0, 127.0);
+            let distance = (value.rem_euclid(1.0) - 0.5).abs();
+            let this = Rounding { position, layer, input, index };
+            if self.other_way.contains(&this) {
+                int = value.floor() + value.ceil() - int;
+            } else if distance < NEAR {
+                self.near[position].push((this, distance));
+            }
+            q.push(int as i64);
+        }
+        Quantized { x, q, scale: absmax / 127.0 }
+    }
+}
 
 fn rms_norm(x: &[f64], weight: &[f32], eps: f32) -> Vec<f64> {
     let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
@@ -22,29 +106,16 @@ fn matvec(w: &Dense, x: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-/// A linear layer; `margin` becomes the smallest distance of an activation to a
-/// value half-way between two integers, where f32 may round the other way.
-fn linear(weight: &Weight, x: &[f64], margin: &Cell<f64>) -> Vec<f64> {
+fn linear(weight: &Weight, input: &Quantized<'_>) -> Vec<f64> {
     match weight {
-        Weight::Dense(w) => matvec(w, x),
-        Weight::Ternary { trits, scale } => {
-            let absmax = x.iter().fold(1e-5f64, |m, x| m.max(x.abs()));
-            for x in x {
-                let distance = ((x * 127.0 / absmax).rem_euclid(1.0) - 0.5).abs();
-                margin.set(margin.get().min(distance));
-            }
-            let q: Vec<i64> = x
-                .iter()
-                .map(|x| (x * 127.0 / absmax).round_ties_even().clamp(-128.0, 127.0) as i64)
-                .collect();
-            trits
-                .chunks(x.len())
-                .map(|row| {
-                    let sum: i64 = row.iter().zip(&q).map(|(t, q)| i64::from(*t) * q).sum();
-                    sum as f64 * (absmax / 127.0) * f64::from(*scale)
-                })
-                .collect()
-        }
+        Weight::Dense(w) => matvec(w, input.x),
+        Weight::Ternary { trits, scale } => trits
+            .chunks(input.q.len())
+            .map(|row| {
+                let sum: i64 = row.iter().zip(&input.q).map(|(t, q)| i64::from(*t) * q).sum();
+                sum as f64 * input.scale * f64::from(*scale)
+            })
+            .collect(),
     }
 }
 
@@ -91,7 +162,13 @@ fn attention(
         .collect()
 }
 
-fn block(config: &ModelConfig, b: &Block, x: &mut [Vec<f64>], margins: &[Cell<f64>]) {
+fn block(
+    config: &ModelConfig,
+    layer: usize,
+    b: &Block,
+    x: &mut [Vec<f64>],
+    roundings: &mut Roundings<'_>,
+) {
     let eps = config.rms_norm_eps;
     let weight = |l: Linear| &b.linears[Linear::ALL.iter().position(|x| *x == l).unwrap()];
     let norm = |n: Norm, x: &[f64]| match b.norms.get(norm_name(n)) {
@@ -101,8 +178,9 @@ fn block(config: &ModelConfig, b: &Block, x: &mut [Vec<f64>], margins: &[Cell<f6
     let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
     for (t, x) in x.iter().enumerate() {
         let h = norm(Norm::Attention, x);
+        let h = roundings.quantize(&h, t, layer, Input::Attention);
         let rotated = |l| {
-            let mut y = linear(weight(l), &h, &margins[t]);
+            let mut y = linear(weight(l), &h);
             for head in y.chunks_mut(config.head_dim()) {
                 rotate(head, t, config.rope_theta);
             }
@@ -110,14 +188,15 @@ fn block(config: &ModelConfig, b: &Block, x: &mut [Vec<f64>], margins: &[Cell<f6
         };
         q.push(rotated(Linear::Q));
         k.push(rotated(Linear::K));
-        v.push(linear(weight(Linear::V), &h, &margins[t]));
+        v.push(linear(weight(Linear::V), &h));
     }
-    for ((x, a), margin) in x.iter_mut().zip(attention(config, &q, &k, &v)).zip(margins) {
-        let o = linear(weight(Linear::O), &norm(Norm::AttentionSub, &a), margin);
+    for (t, (x, a)) in x.iter_mut().zip(attention(config, &q, &k, &v)).enumerate() {
+        let a = norm(Norm::AttentionSub, &a);
+        let o = linear(weight(Linear::O), &roundings.quantize(&a, t, layer, Input::Output));
         x.iter_mut().zip(o).for_each(|(x, o)| *x += o);
         let h = norm(Norm::FeedForward, x);
-        let (gate, up) =
-            (linear(weight(Linear::Gate), &h, margin), linear(weight(Linear::Up), &h, margin));
+        let h = roundings.quantize(&h, t, layer, Input::FeedForward);
+        let (gate, up) = (linear(weight(Linear::Gate), &h), linear(weight(Linear::Up), &h));
         let gated: Vec<f64> = gate
             .iter()
             .zip(up)
@@ -126,22 +205,16 @@ fn block(config: &ModelConfig, b: &Block, x: &mut [Vec<f64>], margins: &[Cell<f6
                 Activation::Silu => g / (1.0 + (-g).exp()) * u,
             })
             .collect();
-        let down = linear(weight(Linear::Down), &norm(Norm::FeedForwardSub, &gated), margin);
+        let gated = norm(Norm::FeedForwardSub, &gated);
+        let down = linear(weight(Linear::Down), &roundings.quantize(&gated, t, layer, Input::Down));
         x.iter_mut().zip(down).for_each(|(x, d)| *x += d);
     }
 }
 
-/// The result at one position.
-pub struct Position {
-    pub logits: Vec<f32>,
-    /// How near an activation of this token came to rounding the other way.
-    pub margin: f64,
-}
-
-/// Logits and margins of every position.
-pub fn run(model: &RandomModel, tokens: &[u32]) -> Vec<Position> {
-    let margins = vec![Cell::new(0.5); tokens.len()];
+/// Logits of every position, with these activations rounded the other way.
+pub fn run(model: &RandomModel, tokens: &[u32], other_way: &[Rounding]) -> Vec<Position> {
     let config = &model.config;
+    let mut roundings = Roundings { other_way, near: vec![Vec::new(); tokens.len()] };
     let mut x: Vec<Vec<f64>> = tokens
         .iter()
         .map(|&t| {
@@ -149,16 +222,69 @@ pub fn run(model: &RandomModel, tokens: &[u32]) -> Vec<Position> {
             row[..config.hidden_size].iter().map(|x| f64::from(*x)).collect()
         })
         .collect();
-    for b in &model.blocks {
-        block(config, b, &mut x, &margins);
+    for (layer, b) in model.blocks.iter().enumerate() {
+        block(config, layer, b, &mut x, &mut roundings);
     }
     let head = model.head.as_ref().unwrap_or(&model.embedding);
     x.iter()
-        .zip(&margins)
-        .map(|(x, margin)| {
+        .zip(roundings.near)
+        .map(|(x, mut near)| {
             let h = rms_norm(x, &model.final_norm, config.rms_norm_eps);
             let logits = matvec(head, &h).into_iter().map(|x| x as f32).collect();
-            Position { logits, margin: margin.get() }
+            near.sort_by(|a, b| a.1.total_cmp(&b.1));
+            Position { logits, near }
         })
         .collect()
+}
+
+/// The pass that computed `found`, the logits of the first positions of `tokens`: with
+/// the activations, in order of position, that it rounded the other way, and the
+/// distance of each to a half. All logits of `found` are then alike.
+///
+/// # Panics
+/// A difference that no activation near a half explains: at its position, alone or
+/// together with one that comes near because of it.
+pub fn explain(
+    model: &RandomModel,
+    tokens: &[u32],
+    found: &[Vec<f32>],
+) -> (Vec<(Rounding, f64)>, Vec<Position>) {
+    let mut flips: Vec<(Rounding, f64)> = Vec::new();
+    loop {
+        let exact = run(model, tokens, &roundings(&flips));
+        let differs = |(f, e): (&Vec<f32>, &Position)| max_difference(f, &e.logits) >= ALIKE;
+        let Some(t) = found.iter().zip(&exact).position(differs) else { return (flips, exact) };
+        let difference = max_difference(&found[t], &exact[t].logits);
+        flips = search(model, &tokens[..=t], &found[t], &flips, &exact[t].near, 2).unwrap_or_else(
+            || panic!("position {t}: {difference}, no flip explains it: {:?}", exact[t].near),
+        );
+    }
+}
+
+fn roundings(flips: &[(Rounding, f64)]) -> Vec<Rounding> {
+    flips.iter().map(|(rounding, _)| *rounding).collect()
+}
+
+/// `flips` and up to `depth` more at the last of `tokens`, which make its logits `found`.
+fn search(
+    model: &RandomModel,
+    tokens: &[u32],
+    found: &[f32],
+    flips: &[(Rounding, f64)],
+    near: &[(Rounding, f64)],
+    depth: usize,
+) -> Option<Vec<(Rounding, f64)>> {
+    let mut next = Vec::new();
+    for candidate in near {
+        let flips = [flips, &[*candidate]].concat();
+        let last = run(model, tokens, &roundings(&flips)).pop()?;
+        if max_difference(found, &last.logits) < ALIKE {
+            return Some(flips);
+        }
+        next.push((flips, last.near));
+    }
+    if depth == 1 {
+        return None;
+    }
+    next.iter().find_map(|(flips, near)| search(model, tokens, found, flips, near, depth - 1))
 }

@@ -110,14 +110,12 @@ impl Spec {
         }
         let pack = |e: PackError| EvalError::Engine(e.into());
         let source = model::open(&self.path, &options).map_err(|e| pack(e.into()))?;
-        if let (Some(variant), false) = (self.variant, ptq)
-            && source.facts().config.weight_quantizer != bitnet_core::WeightQuantizer::None
-        {
-            let (path, name) = (self.path.display(), variant.name());
+        let dense = self.variant.map_or(DenseType::Auto, Variant::dense);
+        if !dense.suits(&source.facts().config) {
+            let (path, name) = (self.path.display(), dense.name());
             let message = format!("{path}@{name}: the model is ternary, not dense");
             return Err(EvalError::Usage(message));
         }
-        let dense = self.variant.map_or(DenseType::Auto, Variant::dense);
         let packed = pack_temporary(&*source, LayoutChoice::Auto, dense, &mut |_, _| {});
         let mut packed = packed.map_err(pack)?.file;
         let path = folder.join(format!("{number}.gguf"));

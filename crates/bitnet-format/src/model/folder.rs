@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::{
     Facts, Golden, Linears, ModelError, OpenOptions, Source, Text, check_golden, given_tokenizer,
-    quantise_later, quantised, refuse_activation,
+    quantise_later, quantised, refuse_for_gguf,
 };
 use crate::hf::{Checkpoint, HfError, PackedScale, SpecialTokens, Trits};
 
@@ -26,7 +26,7 @@ pub(super) struct Folder {
 impl Folder {
     pub(super) fn open(path: &Path, options: &OpenOptions) -> Result<Self, ModelError> {
         let checkpoint = Checkpoint::open_any(path)?;
-        refuse_activation(path, options)?;
+        refuse_for_gguf(path, options)?;
         let mut config = checkpoint.config().clone();
         let (stored, kind) = match (checkpoint.packed(), config.weight_quantizer) {
             (Some(PackedScale::Multiplies), _) => (Linears::Trits, "packed (autobitlinear)"),

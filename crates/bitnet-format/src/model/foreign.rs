@@ -9,9 +9,9 @@ use bitnet_core::{Activation, ModelConfig, Recipe, WeightQuantizer, WeightScheme
 use super::gguf_file::GgufFile;
 use super::{
     Facts, Linears, ModelError, OpenOptions, Source, Text, given_tokenizer, keys, quantise_later,
-    quantised, vocabulary,
+    quantised, refuse_i2s, vocabulary,
 };
-use crate::gguf::blocks::{self, BlockError, decode_ternary, trits_of_floats};
+use crate::gguf::blocks::{self, BlockError, I2sLayout, decode_ternary, trits_of_floats};
 use crate::gguf::{Directory, GgmlType};
 use crate::hf::Trits;
 use crate::tokenizer::{CHAT_TEMPLATE_KEY, HUGGINGFACE_KEY, special_tokens};
@@ -65,6 +65,8 @@ pub(super) struct Foreign {
     facts: Facts,
     /// Whether rows of q and k are permuted.
     permuted: bool,
+    /// How I2_S data is read.
+    i2s: I2sLayout,
 }
 
 impl Foreign {
@@ -90,9 +92,15 @@ impl Foreign {
             Linears::Trits | Linears::Masters => WeightQuantizer::Ternary,
         };
         let linears = quantise_later(&file.path, options, &mut config, stored)?;
+        let mut kind = format!("GGUF, architecture {arch}");
+        let i2s = options.i2s.unwrap_or_default();
+        if dir.tensors().iter().any(|t| t.ty == GgmlType::I2_S) {
+            kind += &format!(", I2_S in the layout of {} builds", i2s.name());
+        } else {
+            refuse_i2s(&file.path, options)?;
+        }
         drop(dir);
         file.forget_head();
-        let kind = format!("GGUF, architecture {arch}");
         let linear_dtype = file.dtype(&Tensor::Linear(0, Linear::Q).gguf());
         let facts = Facts {
             kind,
@@ -104,7 +112,7 @@ impl Foreign {
             text,
             golden: None,
         };
-        Ok(Self { file, facts, permuted })
+        Ok(Self { file, facts, permuted, i2s })
     }
 
     /// The row of the file in which row `row` of a tensor lies.
@@ -165,7 +173,7 @@ impl Source for Foreign {
         let ty = self.file.tensor(&name)?.ty;
         let bytes = self.file.read_all(&name)?;
         let stored = if is_ternary(ty) {
-            decode_ternary(ty, &bytes, rows * cols)
+            decode_ternary(ty, &bytes, rows * cols, self.i2s)
         } else {
             let mut values = vec![0.0; rows * cols];
             blocks::decode(ty, &bytes, &mut values).and_then(|()| trits_of_floats(&values))

@@ -22,7 +22,7 @@ use bitnet_core::{
 use serde::Deserialize;
 
 use crate::gguf::GgufError;
-use crate::gguf::blocks::{BlockError, RowType};
+use crate::gguf::blocks::{BlockError, I2sLayout, RowType};
 use crate::hf::{HfError, SpecialTokens, Trits};
 use crate::pack::Form;
 use crate::tokenizer::TokenizerError;
@@ -126,6 +126,8 @@ pub struct Golden {
 pub struct OpenOptions {
     /// The activation of a GGUF file whose architecture means another one.
     pub hidden_act: Option<Activation>,
+    /// The layout of I2_S data, which is that of x86 builds where nothing is said.
+    pub i2s: Option<I2sLayout>,
     /// A `tokenizer.json` that takes the place of the file's.
     pub tokenizer: Option<PathBuf>,
     /// Leave tokenizer and chat template out: for looking at weights alone.
@@ -195,7 +197,7 @@ impl OpenOptions {
     /// Whether they change anything about a packed file of our own.
     #[must_use]
     pub fn is_default(&self) -> bool {
-        self.hidden_act.is_none() && self.tokenizer.is_none() && !self.ptq
+        self.hidden_act.is_none() && self.i2s.is_none() && self.tokenizer.is_none() && !self.ptq
     }
 }
 
@@ -237,13 +239,25 @@ fn quantise_later(
     }
 }
 
-/// Refuses an activation for a file that states its own.
-fn refuse_activation(path: &Path, options: &OpenOptions) -> Result<(), ModelError> {
-    match options.hidden_act {
-        None => Ok(()),
-        Some(act) => Err(ModelError::Unsupported {
+/// Refuses what is for GGUF files of other tools: an activation for a file that
+/// states its own, a layout of I2_S for one without it.
+fn refuse_for_gguf(path: &Path, options: &OpenOptions) -> Result<(), ModelError> {
+    if let Some(act) = options.hidden_act {
+        return Err(ModelError::Unsupported {
             path: path.into(),
             what: format!("states its activation; {} cannot take its place", act.name()),
+        });
+    }
+    refuse_i2s(path, options)
+}
+
+/// Refuses a layout of I2_S for a model that has none.
+fn refuse_i2s(path: &Path, options: &OpenOptions) -> Result<(), ModelError> {
+    match options.i2s {
+        None => Ok(()),
+        Some(layout) => Err(ModelError::Unsupported {
+            path: path.into(),
+            what: format!("holds no I2_S tensors: --i2s {} has no meaning", layout.name()),
         }),
     }
 }

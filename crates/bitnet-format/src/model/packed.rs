@@ -8,7 +8,7 @@ use bitnet_core::{Layout, WeightQuantizer, WeightScheme};
 use super::gguf_file::GgufFile;
 use super::{
     Facts, Linears, ModelError, OpenOptions, Source, Text, check_golden, given_tokenizer, keys,
-    quantise_later, quantised, refuse_activation,
+    quantise_later, quantised, refuse_for_gguf,
 };
 use crate::gguf::blocks::RowType;
 use crate::gguf::{Directory, GgmlType, GgufError, blocks};
@@ -24,7 +24,7 @@ pub(super) struct Packed {
 
 impl Packed {
     pub(super) fn new(file: GgufFile, options: &OpenOptions) -> Result<Self, ModelError> {
-        refuse_activation(&file.path, options)?;
+        refuse_for_gguf(&file.path, options)?;
         let dir = file.directory()?;
         let (mut config, layout) = keys::own_config(&dir)?;
         config.embedding_dtype = file.dtype("token_embd.weight");

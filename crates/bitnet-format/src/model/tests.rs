@@ -202,7 +202,8 @@ fn a_scale_beside_the_weights_multiplies_and_q_of_llama_is_put_in_order() {
     let path = dir.path().join("llama.gguf");
     pieces.write(&path);
     let after = read_all(&path, &OpenOptions::default()).unwrap();
-    assert_eq!(after.facts().kind, "GGUF, architecture llama");
+    let kind = "GGUF, architecture llama, I2_S in the layout of x86 builds";
+    assert_eq!(after.facts().kind, kind);
     let read = |s: &dyn Source, l| s.ternary(Tensor::Linear(0, l)).unwrap();
     let (b, a) = (read(&*before, Linear::Q), read(&*after, Linear::Q));
     assert_eq!(a.scale, 3.0 * b.scale);
@@ -215,6 +216,43 @@ fn a_scale_beside_the_weights_multiplies_and_q_of_llama_is_put_in_order() {
     assert_eq!(a, b);
 }
 
+/// The same weights as bitnet.cpp's ARM builds lay them out: value `i` of 64 in bits
+/// `6 - 2 (i / 16)` of byte `i % 16`.
+#[test]
+fn i2_s_of_arm_builds_is_read_where_it_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let (x86, arm) = (dir.path().join("x86.gguf"), dir.path().join("arm.gguf"));
+    let mut pieces = Pieces::read("tiny-i2_s.gguf");
+    pieces.write(&x86);
+    let mut moved = 0;
+    for (_, dims, _, data) in pieces.tensors.iter_mut().filter(|t| t.2 == GgmlType::I2_S) {
+        let n = dims.iter().product::<u64>() as usize;
+        let code = |i: usize| data[i / 128 * 32 + i % 32] >> (6 - 2 * (i % 128 / 32)) & 3;
+        let mut codes = vec![0u8; n / 4];
+        for i in 0..n {
+            codes[i / 64 * 16 + i % 16] |= code(i) << (6 - 2 * (i % 64 / 16));
+        }
+        data[..n / 4].copy_from_slice(&codes);
+        moved += 1;
+    }
+    assert_eq!(moved, 4 * 7);
+    pieces.write(&arm);
+    let open_as =
+        |path: &Path, i2s| read_all(path, &OpenOptions { i2s, ..OpenOptions::default() }).unwrap();
+    let original = open_as(&x86, None);
+    let read = open_as(&arm, Some(I2sLayout::Arm));
+    let garbage = open_as(&arm, None);
+    assert!(read.facts().kind.ends_with("I2_S in the layout of arm builds"));
+    assert!(garbage.facts().kind.ends_with("I2_S in the layout of x86 builds"));
+    for layer in 0..4 {
+        for linear in Linear::ALL {
+            let of = |s: &dyn Source| s.ternary(Tensor::Linear(layer, linear)).unwrap();
+            assert!(of(&*read) == of(&*original), "{layer} {linear:?}");
+            assert!(of(&*garbage) != of(&*original), "{layer} {linear:?}");
+        }
+    }
+}
+
 #[test]
 fn options_that_do_not_fit_are_refused() {
     let dir = tempfile::tempdir().unwrap();
@@ -223,6 +261,9 @@ fn options_that_do_not_fit_are_refused() {
     let options = OpenOptions { ptq: true, ..OpenOptions::default() };
     let error = chain(&open(&path, &options).map(|_| ()).unwrap_err());
     assert!(error.contains("is ternary already"), "{error}");
+    let options = OpenOptions { i2s: Some(I2sLayout::Arm), ..OpenOptions::default() };
+    let error = chain(&open(&path, &options).map(|_| ()).unwrap_err());
+    assert!(error.contains("holds no I2_S tensors: --i2s arm has no meaning"), "{error}");
     let tokenizer = Some(dir.path().join("none.json"));
     let options = OpenOptions { tokenizer, ..OpenOptions::default() };
     let error = chain(&open(&path, &options).map(|_| ()).unwrap_err());

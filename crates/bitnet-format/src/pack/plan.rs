@@ -1,7 +1,7 @@
 //! Which tensor goes where, in which form: the one list that the header, the
 //! weights and the comparison all follow.
 
-use bitnet_core::names::Tensor;
+use bitnet_core::names::{Linear, Tensor};
 use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
 
 use crate::gguf::blocks::RowType;
@@ -22,6 +22,23 @@ pub enum DenseType {
 }
 
 impl DenseType {
+    /// All of them.
+    pub const ALL: [Self; 5] =
+        [Self::Auto, Self::F32, Self::F16, Self::Rows(RowType::Int8), Self::Rows(RowType::Int4)];
+
+    /// That of a name in options.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|dense| dense.name() == name)
+    }
+
+    /// Whether a model can have it: the linear layers of a ternary model have no
+    /// other type than [`DenseType::Auto`].
+    #[must_use]
+    pub fn suits(self, config: &ModelConfig) -> bool {
+        self == Self::Auto || config.weight_quantizer == WeightQuantizer::None
+    }
+
     /// The name in options.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -146,6 +163,14 @@ impl Plan {
         };
         let items = Tensor::all(config).into_iter().map(|t| Item::new(t, config, form(t)));
         Self { layout, items: items.collect() }
+    }
+
+    /// The linear layers of every block that are f16 though `linear` is blocks, since
+    /// their rows are not whole ones.
+    #[must_use]
+    pub fn not_whole(config: &ModelConfig, linear: Form) -> Vec<Linear> {
+        let Form::Rows(ty) = linear else { return Vec::new() };
+        Linear::ALL.into_iter().filter(|l| !ty.fits(l.shape(config)[1])).collect()
     }
 
     /// The form of the linear layers in a packed file; `stored` is that of a dense

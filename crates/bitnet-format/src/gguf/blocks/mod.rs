@@ -2,9 +2,9 @@
 //! to floats or ternary values, and ternary values to blocks.
 //!
 //! Layouts: `ggml-quants.c` of llama.cpp, and `ggml-bitnet` of bitnet.cpp for
-//! I2_S, of which this is the layout of the x86 builds (128 elements in 32
-//! bytes). Its other builds write other layouts under the same number, and
-//! nothing in a file tells them apart.
+//! I2_S, which is written in the layout of the x86 builds and read in that or the
+//! ARM builds' ([`I2sLayout`]): they stand under one number, and nothing in a file
+//! tells them apart.
 
 mod quants;
 mod rows;
@@ -15,7 +15,7 @@ use half::{bf16, f16};
 use super::GgmlType;
 
 pub use rows::RowType;
-pub use ternary::{decode_ternary, encode_ternary, trits_of_floats};
+pub use ternary::{I2sLayout, decode_ternary, encode_ternary, trits_of_floats};
 
 /// Data that cannot be decoded or encoded.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

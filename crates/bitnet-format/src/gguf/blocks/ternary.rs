@@ -11,15 +11,68 @@ const TQ: usize = 256;
 const TQ1_BYTES: usize = 54;
 /// Bytes of a block of TQ2_0: `qs[64] d`.
 const TQ2_BYTES: usize = 66;
-/// Elements of a block of I2_S.
+/// Elements of a block of I2_S, as it is written here.
 const I2: usize = 128;
-/// Bytes of a block of I2_S.
-const I2_BYTES: usize = 32;
 /// Bytes after the codes of an I2_S tensor: the scale, then padding.
 const I2_TAIL: usize = 32;
 
-/// The ternary values of a whole tensor of TQ1_0, TQ2_0 or I2_S, and the scale
-/// that multiplies them. Blocks of zeros may have any scale; a tensor of zeros
+/// The layout of I2_S codes: a block is four runs of values, the first in the top
+/// two bits of its bytes, the last in the lowest. The builds of bitnet.cpp differ in
+/// the length of a run and write the same type number, so a file does not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum I2sLayout {
+    /// Of x86 builds, and of the published files: 128 values in 32 bytes, runs of 32.
+    #[default]
+    X86,
+    /// Of ARM builds: 64 values in 16 bytes, runs of 16.
+    Arm,
+}
+
+impl I2sLayout {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::X86, Self::Arm];
+
+    /// The name in options.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::X86 => "x86",
+            Self::Arm => "arm",
+        }
+    }
+
+    /// That of a name in options.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|layout| layout.name() == name)
+    }
+
+    /// Values of a block; it takes a quarter of that in bytes.
+    fn block(self) -> usize {
+        match self {
+            Self::X86 => I2,
+            Self::Arm => I2 / 2,
+        }
+    }
+
+    /// The ternary values of whole blocks.
+    fn decode(self, codes: &[u8], trits: &mut [i8]) -> Result<(), BlockError> {
+        let run = self.block() / 4;
+        let blocks = codes.chunks_exact(run).zip(trits.chunks_exact_mut(4 * run));
+        for (i, (block, out)) in blocks.enumerate() {
+            for (n, out) in out.chunks_exact_mut(run).enumerate() {
+                for (code, byte) in out.iter_mut().zip(block) {
+                    *code = (byte >> (6 - 2 * n) & 3) as i8;
+                }
+            }
+            subtract_one(GgmlType::I2_S, i * 4 * run, out)?;
+        }
+        Ok(())
+    }
+}
+
+/// The ternary values of a whole tensor of TQ1_0, TQ2_0 or I2_S (of which `i2s` is
+/// the layout), and the scale that multiplies them. Blocks of zeros may have any scale; a tensor of zeros
 /// has the scale of its first block, or 1 where that is 0.
 ///
 /// # Errors
@@ -30,20 +83,16 @@ pub fn decode_ternary(
     ty: GgmlType,
     bytes: &[u8],
     elements: usize,
+    i2s: I2sLayout,
 ) -> Result<(Vec<i8>, f32), BlockError> {
-    check_length(ty, bytes, elements)?;
+    check_length(ty, bytes, elements, i2s)?;
     let mut trits = vec![0i8; elements];
     let scale = match ty {
         GgmlType::TQ1_0 => tq(ty, bytes, &mut trits, tq1_0_codes, TQ1_BYTES - 2)?,
         GgmlType::TQ2_0 => tq(ty, bytes, &mut trits, tq2_0_codes, TQ2_BYTES - 2)?,
         _ => {
             let (codes, tail) = bytes.split_at(bytes.len() - I2_TAIL);
-            for (i, (block, out)) in
-                codes.as_chunks().0.iter().zip(trits.as_chunks_mut::<I2>().0).enumerate()
-            {
-                i2_s_codes(block, out);
-                subtract_one(ty, i * I2, out)?;
-            }
+            i2s.decode(codes, &mut trits)?;
             f32::from_le_bytes([tail[0], tail[1], tail[2], tail[3]])
         }
     };
@@ -105,11 +154,16 @@ pub fn trits_of_floats(values: &[f32]) -> Result<(Vec<i8>, f32), BlockError> {
     Ok((trits, scale))
 }
 
-fn check_length(ty: GgmlType, bytes: &[u8], elements: usize) -> Result<(), BlockError> {
+fn check_length(
+    ty: GgmlType,
+    bytes: &[u8],
+    elements: usize,
+    i2s: I2sLayout,
+) -> Result<(), BlockError> {
     let (block, width, tail) = match ty {
         GgmlType::TQ1_0 => (TQ, TQ1_BYTES, 0),
         GgmlType::TQ2_0 => (TQ, TQ2_BYTES, 0),
-        GgmlType::I2_S => (I2, I2_BYTES, I2_TAIL),
+        GgmlType::I2_S => (i2s.block(), i2s.block() / 4, I2_TAIL),
         _ => return Err(BlockError::Type(ty)),
     };
     let whole = elements.is_multiple_of(block) && elements / block * width + tail == bytes.len();
@@ -213,14 +267,9 @@ fn tq2_0_bytes(t: &[i8; TQ]) -> [u8; TQ2_BYTES - 2] {
     })
 }
 
-/// Byte `p` holds elements p, p + 32, p + 64, p + 96, the first at the top.
-fn i2_s_codes(block: &[u8; I2_BYTES], out: &mut [i8; I2]) {
-    for (i, code) in out.iter_mut().enumerate() {
-        *code = (block[i % 32] >> (6 - 2 * (i / 32)) & 3) as i8;
-    }
-}
-
-fn i2_s_bytes(t: &[i8; I2]) -> [u8; I2_BYTES] {
+/// [`I2sLayout::X86`]: byte `p` holds elements p, p + 32, p + 64, p + 96, the first
+/// at the top.
+fn i2_s_bytes(t: &[i8; I2]) -> [u8; I2 / 4] {
     std::array::from_fn(|p| {
         (0..4).fold(0, |byte, n| byte | ((t[p + 32 * n] + 1) as u8) << (6 - 2 * n))
     })

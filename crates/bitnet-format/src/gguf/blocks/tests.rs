@@ -45,7 +45,7 @@ fn ternary_files_of_other_tools_hold_the_same_weights() {
         let mut all = Vec::new();
         for ((_, ty), r) in files.iter().zip(&readers) {
             let data = r.tensor_data(&info.name).unwrap();
-            let (trits, scale) = decode_ternary(*ty, data, elements).unwrap();
+            let (trits, scale) = decode_ternary(*ty, data, elements, I2sLayout::X86).unwrap();
             // Written again it is the same codes; the scales are in other places.
             let again = encode_ternary(*ty, &trits, scale).unwrap();
             match ty {
@@ -67,6 +67,39 @@ fn ternary_files_of_other_tools_hold_the_same_weights() {
         compared += elements;
     }
     assert_eq!(compared, 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256));
+}
+
+/// Codes laid out by hand, value by value: `[run][byte]` of a block.
+#[test]
+fn the_layouts_of_i2_s_differ_in_the_length_of_a_run() {
+    // 0, 1, -1, 0, 0, 1, ...: no period of 16, 32 or 64.
+    let trits: Vec<i8> = (0..256usize).map(|i| (i * i % 7 % 3) as i8 - 1).collect();
+    for (layout, run) in [(I2sLayout::X86, 32), (I2sLayout::Arm, 16)] {
+        let mut bytes = vec![0u8; 256 / 4];
+        for (i, t) in trits.iter().enumerate() {
+            let (block, at) = (i / (4 * run), i % (4 * run));
+            bytes[block * run + at % run] |= ((t + 1) as u8) << (6 - 2 * (at / run));
+        }
+        bytes.extend(0.25f32.to_le_bytes());
+        bytes.resize(256 / 4 + 32, 0);
+        let read = |as_layout| decode_ternary(GgmlType::I2_S, &bytes, 256, as_layout).unwrap();
+        assert_eq!(read(layout), (trits.clone(), 0.25));
+        // The other one reads it without complaint, as other weights.
+        for other in I2sLayout::ALL.into_iter().filter(|other| *other != layout) {
+            assert_ne!(read(other).0, trits);
+        }
+        let written = encode_ternary(GgmlType::I2_S, &trits, 0.25).unwrap();
+        assert_eq!(written == bytes, layout == I2sLayout::X86);
+        bytes[run + 3] |= 0b0011_0000;
+        let error = decode_ternary(GgmlType::I2_S, &bytes, 256, layout).unwrap_err();
+        let at = 4 * run + run + 3;
+        assert_eq!(error, BlockError::Code { ty: GgmlType::I2_S, at });
+    }
+    // Half a block of x86 is a whole one of ARM.
+    let half = [0u8; 16 + 32];
+    assert!(decode_ternary(GgmlType::I2_S, &half, 64, I2sLayout::X86).is_err());
+    assert_eq!(decode_ternary(GgmlType::I2_S, &half, 64, I2sLayout::Arm).unwrap().0, [-1; 64]);
+    assert_eq!(I2sLayout::ALL.map(|l| I2sLayout::from_name(l.name())), I2sLayout::ALL.map(Some));
 }
 
 #[test]
@@ -94,10 +127,10 @@ fn what_is_wrong_with_a_tensor_is_named() {
         (GgmlType::Q8_0, vec![], "type Q8_0 cannot be read here"),
     ];
     for (ty, bytes, text) in cases {
-        let e = decode_ternary(ty, &bytes, 512).unwrap_err().to_string();
+        let e = decode_ternary(ty, &bytes, 512, I2sLayout::X86).unwrap_err().to_string();
         assert!(e.contains(text), "{e}");
     }
-    assert!(decode_ternary(GgmlType::I2_S, &[0; 96], 64).is_err());
+    assert!(decode_ternary(GgmlType::I2_S, &[0; 96], 64, I2sLayout::X86).is_err());
     assert!(encode_ternary(GgmlType::TQ1_0, &trits[..128], 1.0).is_err());
     assert!(decode(GgmlType::I2_S, &[], &mut []).is_err());
     assert!(decode(GgmlType::Q8_0, &[0; 33], &mut [0.0; 32]).is_err());
@@ -107,9 +140,12 @@ fn what_is_wrong_with_a_tensor_is_named() {
     // Blocks of zeros may have the scale 0.
     let zeros = encode_ternary(GgmlType::TQ2_0, &[0; 512], 1.0).unwrap();
     let mixed = [&edit(&zeros, 64, &[0, 0])[..66], &tq2[..66]].concat();
-    assert_eq!(decode_ternary(GgmlType::TQ2_0, &mixed, 512).unwrap().1, 1.0);
+    assert_eq!(decode_ternary(GgmlType::TQ2_0, &mixed, 512, I2sLayout::X86).unwrap().1, 1.0);
     let none = edit(&zeros, 64, &[0, 0]);
-    assert_eq!(decode_ternary(GgmlType::TQ2_0, &none[..66], 256).unwrap(), (vec![0; 256], 1.0));
+    assert_eq!(
+        decode_ternary(GgmlType::TQ2_0, &none[..66], 256, I2sLayout::X86).unwrap(),
+        (vec![0; 256], 1.0)
+    );
 }
 
 proptest! {
@@ -121,7 +157,7 @@ proptest! {
         for ty in [GgmlType::TQ1_0, GgmlType::TQ2_0, GgmlType::I2_S] {
             let bytes = encode_ternary(ty, &trits, scale).unwrap();
             prop_assert_eq!(bytes.len() as u64, ty.tensor_bytes(&[256, 3]).unwrap());
-            let (back, s) = decode_ternary(ty, &bytes, 768).unwrap();
+            let (back, s) = decode_ternary(ty, &bytes, 768, I2sLayout::X86).unwrap();
             prop_assert_eq!(&back, &trits);
             prop_assert_eq!(s, if ty == GgmlType::I2_S { scale } else { 1.0 });
         }
