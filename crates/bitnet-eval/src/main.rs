@@ -136,7 +136,8 @@ impl SourceArgs {
             ("--tokenizer", self.tokenizer.is_some()),
             ("--hidden-act", self.hidden_act.is_some()),
             ("--ptq", self.ptq.is_some()),
-            ("--dense", self.dense.is_some()),
+            ("--i2s", self.i2s.is_some()),
+            ("--dense", self.dense != DenseType::Auto),
         ];
         given.into_iter().find(|(_, given)| *given).map(|(option, _)| option)
     }
