@@ -95,9 +95,10 @@ impl Comparison {
 /// A change of a figure of quality, in words.
 fn told(name: &str, change: f64) -> String {
     match change {
-        change if change.abs() < 5e-4 => format!("the same {name}"),
-        change if change < 9.995 => format!("{name} {:+.1} %", 100.0 * change),
-        change => format!("{name} {}× as high", short(change + 1.0)),
+        c if c.abs() < 5e-4 => format!("the same {name}"),
+        c if c < 0.0 => format!("{:.1} % lower {name}", -100.0 * c),
+        c if c < 9.995 => format!("{:.1} % higher {name}", 100.0 * c),
+        c => format!("{}× the {name}", short(c + 1.0)),
     }
 }
 

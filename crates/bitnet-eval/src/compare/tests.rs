@@ -58,7 +58,7 @@ fn every_figure_is_against_the_first() {
         "| perplexity | **20.000** | 80.000 (4.00×) |",
         "| bits per byte | 1.500 | 1.500 (1.00×) |",
         "a|<b> against twin: file 4.00× smaller, decodes 4.00× faster, prefills 4.00× faster, \
-         perplexity +300.0 %.",
+         300.0 % higher perplexity.",
     ] {
         assert!(table.contains(line), "{line} is not in\n{table}");
     }
@@ -71,8 +71,8 @@ fn the_story_is_told_in_a_sentence() {
     let summary = |c: &Comparison| c.summary();
     assert_eq!(
         summary(&comparison),
-        "No other model has perplexity within 5 % of twin; the fastest, a|<b>, has perplexity \
-         +300.0 %."
+        "No other model has perplexity within 5 % of twin; the fastest, a|<b>, has 300.0 % \
+         higher perplexity."
     );
     // A slower one that reads as well is the story, not the fastest.
     comparison.models.push(figures("half", 0.5));
@@ -83,6 +83,8 @@ fn the_story_is_told_in_a_sentence() {
     );
     assert!(page(&comparison).unwrap().contains("<p class=\"summary\">half decodes 2.00× faster"));
     assert!(comparison.table().contains("\nhalf decodes 2.00× faster than twin"));
+    comparison.models[2].quality.as_mut().unwrap().perplexity = 19.0;
+    assert!(summary(&comparison).ends_with("smaller, at 5.0 % lower perplexity."));
     comparison.models[2].file_bytes = 8_000_000;
     comparison.models[2].decode.median = 200.0;
     comparison.conditions.one_tokenizer = false;
@@ -139,7 +141,7 @@ fn the_page_is_whole_and_loads_nothing() {
         "aria-label=\"perplexity against decode speed\"",
         "aria-label=\"decode, tokens/s\"",
         "a|&lt;b&gt;",
-        "perplexity +300.0 %",
+        "300.0 % higher perplexity",
         "Energy unavailable: none",
         "0123456789abcdef…",
         "<td class=\"best\">2.00 MB",
