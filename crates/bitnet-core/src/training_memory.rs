@@ -244,17 +244,18 @@ impl<'c> Walk<'c> {
         l.moment = "checkpoint";
         l.briefly(CHECKPOINT, weights);
 
-        if self.run.micro_steps > 1 {
+        // In the second step the buffers of the first one wait.
+        for _ in 0..2 {
             self.micro_step(l, true);
-            self.micro_step(l, false);
-        } else {
-            self.micro_step(l, true);
+            if self.run.micro_steps > 1 {
+                self.micro_step(l, false);
+            }
+            l.moment = "update";
+            if muon {
+                l.briefly(OPTIMIZER, self.muon());
+            }
+            l.free(GRADIENTS, weights);
         }
-        l.moment = "update";
-        if muon {
-            l.briefly(OPTIMIZER, self.muon());
-        }
-        l.free(GRADIENTS, weights);
     }
 
     /// Muon's product, Gram matrix and polynomial of the matrix that needs most.

@@ -119,8 +119,8 @@ fn a_teacher_is_in_the_prediction() {
         let set: Vec<&str> =
             MODEL.into_iter().chain(teacher).chain(what).chain([recompute]).collect();
         let plan = json(command(dir.path(), "tiny", &set).arg("--dry-run"));
-        // At least its weights: 4 blocks of 3.5 matrices 320 · 320 and 3 of 640 · 320.
-        assert!(plan["tensors"]["teacher"].as_u64().unwrap() > 4 * 4 * 970_000, "{plan}");
+        // More than the weights of its 4 blocks: 3 matrices 320 · 320 and 3 of 640 · 320.
+        assert!(plan["tensors"]["teacher"].as_u64().unwrap() > 4 * 4 * 921_600, "{plan}");
         let predicted = plan["predicted_peak_bytes"].as_f64().unwrap();
         assert!(recompute.ends_with("true") || predicted > alone + 16e6, "{predicted} {alone}");
         let run = json(&mut command(dir.path(), "tiny", &set));

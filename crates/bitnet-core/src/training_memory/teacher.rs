@@ -66,6 +66,8 @@ impl Walk<'_> {
             } else {
                 walk.block_forward(l, false);
             }
+            // Its input.
+            l.free(ACTIVATIONS, hidden);
         }
         l.hold(TEACHER, hidden);
         l.free(ACTIVATIONS, hidden);
@@ -113,10 +115,10 @@ impl Walk<'_> {
             return;
         }
         for _ in 0..3 {
-            // The teacher's logarithms, the student's shifted scores and logarithms, and
-            // the teacher's probabilities.
-            l.hold(TEACHER, 4 * one);
-            l.free(TEACHER, 2 * one);
+            // The teacher's logarithms, the student's shifted scores and logarithms, the
+            // teacher's probabilities and the differences.
+            l.hold(TEACHER, 5 * one);
+            l.free(TEACHER, 3 * one);
         }
         let Some(teacher) = &self.run.teacher else { return };
         let run = teacher.run(self.run);
