@@ -128,7 +128,7 @@ fn refuses_what_cannot_be_compared() {
     let both = [a.clone(), b.clone()];
     assert!(error(&both, by, "binary").contains("there are none, ternary"));
     assert!(error(&both, "schedule.lr", "none").contains("model.weight_quantizer is not"));
-    assert!(error(&[a.clone()], "no.key", "none").contains("no key no.key"));
+    assert!(error(std::slice::from_ref(&a), "no.key", "none").contains("no key no.key"));
 
     let text = fs::read_to_string(b.join("config.toml")).unwrap();
     let other = text.replace("warmup_steps = ", "warmup_steps = 1");
@@ -137,7 +137,7 @@ fn refuses_what_cannot_be_compared() {
     let told = error(&both, by, "none");
     assert!(told.contains("schedule.warmup_steps") && told.contains("ternary-32"), "{told}");
     fs::write(b.join("config.toml"), text.replace("steps = 4\n", "steps = 9\n")).unwrap();
-    assert!(error(&[b.clone()], by, "none").contains("not finished"));
+    assert!(error(std::slice::from_ref(&b), by, "none").contains("not finished"));
     fs::write(b.join("config.toml"), text).unwrap();
 
     let c = run(dir.path(), "ternary", 32, (2e-3, 2), 3.1);
