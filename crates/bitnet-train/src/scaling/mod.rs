@@ -182,7 +182,7 @@ pub struct Scaling {
 ///
 /// # Errors
 /// A folder that is none of a run, a run that is not finished, runs that differ in
-/// another key, a size one of whose rates shares no seed with the others, a baseline
+/// another key or in their corpus, a size one of whose rates shares no seed with the others, a baseline
 /// that no run has.
 pub fn scaling(folders: &[PathBuf], by: &str, baseline: &str) -> Result<Scaling, TrainError> {
     let loaded = RunData::load_all(folders)?;
@@ -198,6 +198,10 @@ pub fn scaling(folders: &[PathBuf], by: &str, baseline: &str) -> Result<Scaling,
         if let Some(key) = differing(&loaded[0], run, by) {
             let first = loaded[0].folder.display();
             return bad(&run.folder, &format!("{key} is not that of {first}: not comparable"));
+        }
+        if corpus(run) != corpus(&loaded[0]) {
+            let first = loaded[0].folder.display();
+            return bad(&run.folder, &format!("its corpus is not that of {first}"));
         }
         let Some(kind) = run.config.get(by) else {
             return bad(&run.folder, &format!("its config has no key {by}"));
@@ -228,6 +232,11 @@ pub fn scaling(folders: &[PathBuf], by: &str, baseline: &str) -> Result<Scaling,
         _ => None,
     };
     Ok(Scaling { by: by.to_owned(), runs: runs.len(), tokens, kinds, gaps })
+}
+
+/// The hash of the tokens that a run was last started on.
+fn corpus(run: &RunData) -> Option<&str> {
+    run.info.as_ref()?.starts.last().map(|start| start.data.corpus_hash.as_str())
 }
 
 /// The first key in which two runs differ and may not.

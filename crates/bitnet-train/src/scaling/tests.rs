@@ -116,6 +116,27 @@ fn draws_both_kinds_of_picture_and_leaves_nothing_else() {
     assert_eq!(fs::read_dir(pictures.path()).unwrap().count(), 2);
 }
 
+/// The `run.json` of a run on the corpus with this hash.
+fn started_on(hash: &str) -> String {
+    let data = serde_json::json!({
+        "folder": "data", "name": "x", "corpus_hash": hash, "tokenizer_sha256": "cc",
+        "train_tokens": 9,
+    });
+    let program = serde_json::json!({
+        "version": "0.1.0", "commit": null, "modified": false, "rustc": "x", "target": "x",
+        "features": [],
+    });
+    let machine = serde_json::json!({
+        "cpu": "x", "cpus": 2, "instruction_set": "portable", "memory_bytes": 1, "system": "x",
+    });
+    let start = serde_json::json!({
+        "time": "2026-01-01T00:00:00Z", "step": 0, "command": [], "directory": "/",
+        "changed": [], "device": "cpu", "threads": 1, "program": program, "machine": machine,
+        "data": data,
+    });
+    serde_json::json!({ "version": 1, "starts": [start] }).to_string()
+}
+
 #[test]
 fn refuses_what_cannot_be_compared() {
     let dir = tempfile::tempdir().unwrap();
@@ -139,6 +160,16 @@ fn refuses_what_cannot_be_compared() {
     fs::write(b.join("config.toml"), text.replace("steps = 4\n", "steps = 9\n")).unwrap();
     assert!(error(std::slice::from_ref(&b), by, "none").contains("not finished"));
     fs::write(b.join("config.toml"), text).unwrap();
+
+    for (folder, hash) in [(&a, "aa"), (&b, "bb")] {
+        fs::write(folder.join("run.json"), started_on(hash)).unwrap();
+    }
+    let told = error(&both, by, "none");
+    assert!(told.contains("corpus is not that of") && told.contains("ternary-32"), "{told}");
+    fs::write(b.join("run.json"), started_on("aa")).unwrap();
+    assert!(scaling(&both, by, "none").is_ok());
+    fs::remove_file(a.join("run.json")).unwrap();
+    fs::remove_file(b.join("run.json")).unwrap();
 
     let c = run(dir.path(), "ternary", 32, (2e-3, 2), 3.1);
     assert!(error(&[a.clone(), b, c], by, "none").contains("share no seed"));
