@@ -88,7 +88,8 @@ fn the_prediction_is_near_the_measured_peak() {
         fs::remove_dir_all(dir.path().join("run")).unwrap();
         peaks.push(measured);
     }
-    assert!(peaks[1] < 0.75 * peaks[0], "{peaks:?}");
+    // Program, data and the state of the optimizer stay.
+    assert!(peaks[1] < 0.8 * peaks[0], "{peaks:?}");
 }
 
 /// The same promise of a run with a teacher: its predictions, and the relations too.
