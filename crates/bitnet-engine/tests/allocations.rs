@@ -31,6 +31,12 @@ fn allowed(threads: usize) -> usize {
     if threads == 1 { 0 } else { TOKENS / 63 + 1 }
 }
 
+/// The allocations of the window with the fewest, of three: what decoding itself
+/// allocates is in every one of them, a thread's first steal in one alone.
+fn least(mut run: impl FnMut()) -> usize {
+    (0..3).map(|_| count(&mut run)).min().unwrap()
+}
+
 // One test: others at the same time would be counted too.
 #[test]
 fn decoding_allocates_nothing() {
@@ -62,9 +68,9 @@ fn decoding_allocates_nothing() {
                 session.decode(prompt[i % 40]).unwrap();
                 session.decode_top(prompt[i % 39], 5).unwrap();
             };
-            // Long enough for every thread to have had work: its first steal allocates.
+            // A thread's first steal allocates, and it may come late.
             (0..20).for_each(&mut decode);
-            let found = count(|| (0..TOKENS / 2).for_each(&mut decode));
+            let found = least(|| (0..TOKENS / 2).for_each(&mut decode));
             assert!(found <= allowed(threads), "{threads} threads, {kv:?}: {found} allocations");
         }
         let options = SessionOptions { threads: Some(threads), ..SessionOptions::default() };
@@ -75,7 +81,7 @@ fn decoding_allocates_nothing() {
             batch.decode(&[(0, token), (1, token), (2, token)]).unwrap();
         };
         (0..2).for_each(&mut decode);
-        let found = count(|| (0..TOKENS).for_each(&mut decode));
+        let found = least(|| (0..TOKENS).for_each(&mut decode));
         // A batch makes no room for tokens that may never come: each sequence's
         // list doubles now and then.
         let found = found.saturating_sub(3 * TOKENS.ilog2() as usize);
