@@ -67,6 +67,9 @@ pub enum TrainError {
         /// What its driver said.
         reason: String,
     },
+    /// A device that failed in the middle of a step.
+    #[error("a device of --device stopped computing: {0}")]
+    DeviceStopped(String),
     /// The run folder holds something that this command must not touch.
     #[error("run folder {}: {what}", path.display())]
     RunFolder {
@@ -178,6 +181,7 @@ impl TrainError {
             }
             Self::Data(e) => e.exit(),
             Self::DeviceLost { .. }
+            | Self::DeviceStopped(_)
             | Self::Io(_)
             | Self::Plot { .. }
             | Self::Report(_)

@@ -99,25 +99,43 @@ pub(crate) struct Shares<'s> {
 impl Shares<'_> {
     /// Adds the gradients of neighbouring micro-batches, one for each device at most, all
     /// at the same time. Their losses and how many tokens count, in the same order.
-    pub(crate) fn add(&mut self, batches: &[Batch], objective: Objective) -> Vec<(f32, u64)> {
+    ///
+    /// # Errors
+    /// A device that stopped computing.
+    pub(crate) fn add(
+        &mut self,
+        batches: &[Batch],
+        objective: Objective,
+    ) -> Result<Vec<(f32, u64)>, TrainError> {
         debug_assert!(batches.len() <= self.sums.len());
         let models = std::iter::once(self.model).chain(&self.copies);
         let members = self.replicas.members.iter().zip(models).zip(&mut self.sums);
         let mut tasks = members.zip(batches).map(|(((member, model), sum), batch)| {
-            move || {
+            let task = move || {
                 let Objective { end, reduction, recompute } = objective;
                 let (examples, tokens) = corpus::examples(batch, end, reduction, &member.device);
                 let teacher = member.teacher.as_ref();
-                (recompute::gradients(model, &examples, teacher, recompute, sum), tokens)
+                let loss = recompute::gradients(model, &examples, teacher, recompute, sum);
+                (loss, tokens)
+            };
+            (task, &member.device)
+        });
+        let Some((mut first, _)) = tasks.next() else { return Ok(Vec::new()) };
+        // burn queues work by thread, and lets memory go that the queue of an ended thread
+        // still means to use: such a thread waits for its queue.
+        let others = tasks.map(|(mut task, device)| {
+            move || {
+                let value = task();
+                device.sync().map_err(|error| TrainError::DeviceStopped(error.to_string()))?;
+                Ok(value)
             }
         });
-        let Some(mut first) = tasks.next() else { return Vec::new() };
         thread::scope(|scope| {
-            let others: Vec<_> = tasks.map(|task| scope.spawn(task)).collect();
-            let mut all = vec![first()];
+            let others: Vec<_> = others.map(|task| scope.spawn(task)).collect();
+            let mut all = vec![Ok(first())];
             let ended = others.into_iter().map(thread::ScopedJoinHandle::join);
             all.extend(ended.map(|r| r.unwrap_or_else(|broken| panic::resume_unwind(broken))));
-            all
+            all.into_iter().collect()
         })
     }
 
@@ -161,7 +179,7 @@ mod tests {
         let batches: Vec<Batch> = (0..batches).map(batch).collect();
         let mut losses = Vec::new();
         for round in batches.chunks(count) {
-            let values = shares.add(round, objective);
+            let values = shares.add(round, objective).unwrap();
             assert!(values.iter().all(|&(_, tokens)| tokens == 24));
             losses.extend(values.into_iter().map(|(loss, _)| loss));
         }

@@ -442,7 +442,7 @@ impl<'r> Trainer<'r> {
             if stopped {
                 break;
             }
-            let values = shares.add(&batches, Objective { end, reduction, recompute });
+            let values = shares.add(&batches, Objective { end, reduction, recompute })?;
             for ((value, tokens), batch) in values.into_iter().zip(&batches) {
                 let masked_sum = reduction == Reduction::Sum && batch.loss_mask.is_some();
                 nats += f64::from(value) * if masked_sum { all } else { tokens as f64 };
