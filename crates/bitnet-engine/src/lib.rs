@@ -47,6 +47,7 @@ mod tokenizer;
 
 pub use batch::{BatchSession, Piece};
 pub use bitnet_format::model::OpenOptions;
+pub use bitnet_kernels::LineAllocator;
 pub use cache::KvType;
 pub use error::EngineError;
 pub use forward::TracePoint;

@@ -208,6 +208,10 @@ impl RunArgs {
     }
 }
 
+/// Buffers begin with a cache line, as the kernels like it.
+#[global_allocator]
+static ALLOCATOR: bitnet_engine::LineAllocator = bitnet_engine::LineAllocator;
+
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));

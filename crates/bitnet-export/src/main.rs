@@ -186,6 +186,10 @@ fn layout(name: &str) -> Result<LayoutChoice, String> {
     })
 }
 
+/// Buffers begin with a cache line, as the kernels like it.
+#[global_allocator]
+static ALLOCATOR: bitnet_engine::LineAllocator = bitnet_engine::LineAllocator;
+
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())

@@ -11,11 +11,15 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::{Activation, Layout};
 use bitnet_kernels::{
-    AttendQuery, DenseRows, Kernels, KvHead, KvHeadInt8Mut, MatMut, MatRef, PACK_DEPTH, PackSource,
-    PackedRef, QuantizedTokens, TernaryRows, Unit, attend_scores_len, key_blocks_len, packed_len,
-    store_key,
+    AttendQuery, DenseRows, Kernels, KvHead, KvHeadInt8Mut, LineAllocator, MatMut, MatRef,
+    PACK_DEPTH, PackSource, PackedRef, QuantizedTokens, TernaryRows, Unit, attend_scores_len,
+    key_blocks_len, packed_len, store_key,
 };
 use half::f16;
+
+/// As in the programs.
+#[global_allocator]
+static ALLOCATOR: LineAllocator = LineAllocator;
 
 /// A name and what is timed under it.
 type Run<'a> = (String, Box<dyn FnMut() + 'a>);
@@ -189,6 +193,7 @@ fn gemm() {
         (2560, 2560, 4),
         (2560, 2560, 7),
         (2560, 2560, 8),
+        (6912, 2560, 8),
         (2560, 2560, 16),
         (2560, 2560, 32),
         (2560, 2560, 64),
@@ -422,16 +427,18 @@ fn float() {
             });
         }
     }
-    let (rows, cols) = (1000, 1024);
+    let (rows, cols) = (400, 2560);
     let w: Vec<f16> = (0..rows * cols).map(|i| f16::from_f32(a[i % n])).collect();
     let mut head_out = vec![0f32; rows];
     line("dense_matvec f16", rows * cols, &mut |k| {
         k.dense_matvec(DenseRows::F16(&w), &a[..cols], &mut head_out);
     });
-    let xs: Vec<f32> = (0..64 * cols).map(|i| a[i % n]).collect();
-    let mut outs = vec![0f32; 64 * rows];
-    line("dense_matmul f16 T 64 (GMAC/s)", 64 * rows * cols, &mut |k| {
-        let out = MatMut::new(&mut outs, 64, rows);
-        k.dense_matmul(DenseRows::F16(&w), &xs, cols, out);
-    });
+    for count in [2, 4, 6, 8, 64] {
+        let xs: Vec<f32> = (0..count * cols).map(|i| a[i % n]).collect();
+        let mut outs = vec![0f32; count * rows];
+        line(&format!("dense_matmul f16 T {count} (GMAC/s)"), count * rows * cols, &mut |k| {
+            let out = MatMut::new(&mut outs, count, rows);
+            k.dense_matmul(DenseRows::F16(&w), &xs, cols, out);
+        });
+    }
 }

@@ -1,6 +1,7 @@
 //! Dense rows times a float vector: the head, the embedding and the linear
-//! layers of float twins. Rows of blocks ([`crate::dense_blocks`]) give the bits that
-//! their values give as f32.
+//! layers of float twins. Each of sixteen lanes is a chain of fused multiply-adds over
+//! ascending columns, and the lanes are added in their tree. Rows of blocks
+//! ([`crate::dense_blocks`]) give the bits that their values give as f32.
 
 use half::{bf16, f16};
 
@@ -174,11 +175,16 @@ fn matmul_of<S: Simd, W: Rows>(isa: S, w: W, xs: &[f32], cols: usize, mut out: M
             let fours = [n, n + apart, n + 2 * apart, n + 3 * apart];
             let mut tile = Tile { isa, w, xs, cols, t: first, out: out.reborrow() };
             while tile.t < end {
-                // A tile's sums stay in registers: 16 of 32, or 4 of 8.
-                match end - tile.t {
+                // A tile's sums stay in registers: 24 of 32, or 4 of 8. Tiles of nearly
+                // one size: 4 and 3 tokens, not 6 and 1.
+                let left = end - tile.t;
+                match left.div_ceil(left.div_ceil(if S::WIDE { 6 } else { 2 })) {
                     1 => tile.run::<4, 1>(fours),
-                    4.. if S::WIDE => tile.run::<4, 4>(fours),
-                    _ if S::WIDE => tile.run::<4, 2>(fours),
+                    2 if S::WIDE => tile.run::<4, 2>(fours),
+                    3 if S::WIDE => tile.run::<4, 3>(fours),
+                    4 if S::WIDE => tile.run::<4, 4>(fours),
+                    5 if S::WIDE => tile.run::<4, 5>(fours),
+                    6 if S::WIDE => tile.run::<4, 6>(fours),
                     _ => {
                         let t = tile.t;
                         tile.run::<2, 2>([fours[0], fours[1]]);
@@ -249,7 +255,7 @@ fn dot_tile<S: Simd, E: Element, const R: usize, const T: usize>(
         for t in 0..T {
             let x = isa.load_f32(&chunks_x[t][k]);
             for r in 0..R {
-                sums[t][r] = isa.mul_add(sums[t][r], w[r], x);
+                sums[t][r] = isa.fma(sums[t][r], w[r], x);
             }
         }
     }
@@ -259,7 +265,7 @@ fn dot_tile<S: Simd, E: Element, const R: usize, const T: usize>(
             if !cols.is_multiple_of(LANES) {
                 let w = E::load_rest(isa, &w[r][whole * LANES..]);
                 let x = f32::load_rest(isa, &x[t][whole * LANES..]);
-                sums[t][r] = isa.mul_add(sums[t][r], w, x);
+                sums[t][r] = isa.fma(sums[t][r], w, x);
             }
             out[t][r] = isa.lane_sum(sums[t][r]);
         }

@@ -131,7 +131,7 @@ where
                 for t in 0..T {
                     let x = isa.load_f32(&x[t][2 * b + half]);
                     for r in 0..R {
-                        sums[t][r] = isa.mul_add(sums[t][r], w[r], x);
+                        sums[t][r] = isa.fma(sums[t][r], w[r], x);
                     }
                 }
             }

@@ -5,8 +5,9 @@
 //!
 //! * integer sums are exact, so the order of additions does not matter;
 //! * float reductions keep [`LANES`](bitnet_core::ternary::LANES) partial sums in
-//!   a fixed order, multiply and add are never fused, and `exp` is our own, so a
-//!   vector of any width gives the same result as the portable code.
+//!   a fixed order, where multiply and add are fused is part of a definition (in
+//!   products of dense rows, and in training's), and `exp` is our own, so a vector of any
+//!   width gives the same result as the portable code.
 //!
 //! Training calls the same functions as inference: what was trained is what runs.
 //! No threads, no I/O and no allocation on the hot path; `unsafe` lives in this
@@ -14,6 +15,7 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod allocator;
 mod api;
 mod attention;
 #[cfg(target_arch = "x86_64")]
@@ -40,6 +42,7 @@ mod rows;
 mod simd;
 mod ternary;
 
+pub use allocator::LineAllocator;
 pub use attention::{
     ATTEND_TILE, AttendQuery, KEY_BLOCK, KvElement, KvHead, KvHeadInt8Mut, attend_scores_len,
     key_blocks_len, store_key,

@@ -105,6 +105,10 @@ impl Args {
     }
 }
 
+/// Buffers begin with a cache line, as the kernels like it.
+#[global_allocator]
+static ALLOCATOR: bitnet_kernels::LineAllocator = bitnet_kernels::LineAllocator;
+
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
