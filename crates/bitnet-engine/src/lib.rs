@@ -22,6 +22,9 @@
 //! The forward pass runs the same kernels in the same order as training's, so a
 //! model's logits have the same bits here, whatever the instruction set, the
 //! number of threads and the split of a prompt into chunks.
+//!
+//! A program that uses this crate is faster with [`LineAllocator`] as its global
+//! allocator: buffers then begin with a cache line.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]

@@ -65,10 +65,16 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
             let rows = left.min(UNIT * units);
             let part = w.rows(n, n + rows);
             let part_x = x.tokens(tokens.start, tokens.end);
+            // What will be written lies apart, a row of the output for each token.
+            let mut ahead = |t: usize| {
+                for line in out.row(tokens.start + t)[n..n + rows].chunks(16) {
+                    isa.prefetch(line.as_ptr().cast());
+                }
+            };
             match units {
-                1 => panel_sums::<S, C, 1>(isa, part, part_x, &mut scratch),
-                2 if S::WIDE => panel_sums::<S, C, 2>(isa, part, part_x, &mut scratch),
-                3 if S::WIDE => panel_sums::<S, C, 3>(isa, part, part_x, &mut scratch),
+                1 => panel_sums::<S, C, 1>(isa, part, part_x, &mut scratch, &mut ahead),
+                2 if S::WIDE => panel_sums::<S, C, 2>(isa, part, part_x, &mut scratch, &mut ahead),
+                3 if S::WIDE => panel_sums::<S, C, 3>(isa, part, part_x, &mut scratch, &mut ahead),
                 _ => unreachable!("at most {MAX_UNITS} units"),
             }
             for t in tokens.clone() {
@@ -85,13 +91,15 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
     }
 }
 
-/// Sums of at most `16 · U` rows and some tokens, `[tokens, U]` vectors.
+/// Sums of at most `16 · U` rows and some tokens, `[tokens, U]` vectors; `ahead` is told
+/// of each token before its sums are complete.
 #[inline(always)]
 fn panel_sums<S: Simd, C: Codec, const U: usize>(
     isa: S,
     w: TernaryRows<'_>,
     x: TokensRef<'_>,
     scratch: &mut Scratch,
+    ahead: &mut impl FnMut(usize),
 ) {
     let blocks = w.layout.row_bytes(w.cols) / 64;
     // A block of a unit becomes 16 vectors a plane.
@@ -100,7 +108,7 @@ fn panel_sums<S: Simd, C: Codec, const U: usize>(
         let range = start..blocks.min(start + chunk);
         let steps = range.len() * C::PLANES * UNIT;
         let panel = &mut scratch.panel[..steps * U];
-        unpack::<S, C, U>(isa, w, range, panel);
+        unpack::<S, C, U>(isa, w, range.clone(), panel);
         // SAFETY: `unpack` has written every vector of the slice.
         let panel = unsafe { init(panel) };
         let mut t = 0;
@@ -108,6 +116,9 @@ fn panel_sums<S: Simd, C: Codec, const U: usize>(
             let left = (x.len() - t).min(S::TILE_TOKENS);
             let sums = &mut scratch.sums[t * U..(t + left) * U];
             let acts = Acts { x, t, step: start * C::PLANES * UNIT };
+            if range.end == blocks {
+                (t..t + left).for_each(&mut *ahead);
+            }
             match left {
                 8.. => tile::<S, U, 8>(isa, panel, acts, start == 0, sums),
                 6 | 7 if S::TILE_TOKENS >= 6 => {
