@@ -119,25 +119,10 @@ pub(crate) struct SourceArgs {
     tokenizer: Option<PathBuf>,
     /// Type of a float model's linear weights: f32, f16, int8 or int4 (blocks of 32
     /// with a scale, 8.5 and 4.5 bits a weight), or auto: as they are stored
-    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = dense,
-          conflicts_with = "ptq")]
+    #[arg(long, value_name = "TYPE", default_value = "auto", conflicts_with = "ptq")]
     dense: DenseType,
     #[command(flatten)]
     weights: WeightArgs,
-}
-
-fn i2s(name: &str) -> Result<I2sLayout, String> {
-    I2sLayout::from_name(name).ok_or_else(|| {
-        let known = I2sLayout::ALL.map(I2sLayout::name).join(", ");
-        format!("unknown builds; known: {known}")
-    })
-}
-
-fn dense(name: &str) -> Result<DenseType, String> {
-    DenseType::from_name(name).ok_or_else(|| {
-        let known = DenseType::ALL.map(DenseType::name).join(", ");
-        format!("unknown type; known: {known}")
-    })
 }
 
 /// Those of them that concern its weights.
@@ -149,7 +134,7 @@ pub(crate) struct WeightArgs {
     hidden_act: Option<ActArg>,
     /// The builds of bitnet.cpp that wrote a GGUF file of I2_S: x86 or arm. Nothing in the
     /// file tells, and read as the other it speaks garbage [default: x86]
-    #[arg(long, value_name = "BUILDS", value_parser = i2s)]
+    #[arg(long, value_name = "BUILDS")]
     i2s: Option<I2sLayout>,
     /// Quantise a float model that was never trained for it: its quality collapses
     #[arg(long, value_enum)]

@@ -76,7 +76,7 @@ struct Src {
     /// are not whole blocks), or auto: as
     /// they are stored. Where weights are rounded, training's logits are not
     /// compared.
-    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = dense)]
+    #[arg(long, value_name = "TYPE", default_value = "auto")]
     dense: DenseType,
     /// A tokenizer.json in place of the source's.
     #[arg(long, value_name = "FILE")]
@@ -86,7 +86,7 @@ struct Src {
     hidden_act: Option<Act>,
     /// The builds of bitnet.cpp that wrote a GGUF file of I2_S: x86 or arm. Nothing in
     /// the file tells, and read as the other it speaks garbage [default: x86].
-    #[arg(long, value_name = "BUILDS", value_parser = i2s)]
+    #[arg(long, value_name = "BUILDS")]
     i2s: Option<I2sLayout>,
     /// Quantise a float model that was never trained for it. Its quality
     /// collapses: for measuring how much.
@@ -156,20 +156,6 @@ struct Common {
     /// Write the report as JSON to a file, or to standard output (-).
     #[arg(long, value_name = "FILE|-")]
     json: Option<String>,
-}
-
-fn i2s(name: &str) -> Result<I2sLayout, String> {
-    I2sLayout::from_name(name).ok_or_else(|| {
-        let known = I2sLayout::ALL.map(I2sLayout::name).join(", ");
-        format!("unknown builds; known: {known}")
-    })
-}
-
-fn dense(name: &str) -> Result<DenseType, String> {
-    DenseType::from_name(name).ok_or_else(|| {
-        let known = DenseType::ALL.map(DenseType::name).join(", ");
-        format!("unknown type; known: {known}")
-    })
 }
 
 fn format(name: &str) -> Result<Format, String> {

@@ -106,7 +106,7 @@ fn a_float_model_opens_as_rows_of_another_type() {
         let packing = model.packing().unwrap();
         let command = format!("-o model.gguf --dense {}", dense.name());
         assert!(packing.command.ends_with(&command), "{}", packing.command);
-        assert_eq!(DenseType::from_name(dense.name()), Some(dense));
+        assert_eq!(dense.name().parse(), Ok(dense));
     }
     let ternary = common::RandomModel::new(&ModelConfig::tiny(), 1).file().write(&dir);
     let options = LoadOptions { dense: DenseType::F16, ..LoadOptions::default() };

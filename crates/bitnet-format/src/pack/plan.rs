@@ -1,6 +1,8 @@
 //! Which tensor goes where, in which form: the one list that the header, the
 //! weights and the comparison all follow.
 
+use std::str::FromStr;
+
 use bitnet_core::names::{Linear, Tensor};
 use bitnet_core::{Dtype, Layout, ModelConfig, WeightQuantizer};
 
@@ -26,12 +28,6 @@ impl DenseType {
     pub const ALL: [Self; 5] =
         [Self::Auto, Self::F32, Self::F16, Self::Rows(RowType::Int8), Self::Rows(RowType::Int4)];
 
-    /// That of a name in options.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|dense| dense.name() == name)
-    }
-
     /// Whether a model can have it: the linear layers of a ternary model have no
     /// other type than [`DenseType::Auto`].
     #[must_use]
@@ -48,6 +44,17 @@ impl DenseType {
             Self::F16 => "f16",
             Self::Rows(ty) => ty.name(),
         }
+    }
+}
+
+impl FromStr for DenseType {
+    type Err = String;
+
+    /// That of a name in options.
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = || Self::ALL.map(Self::name).join(", ");
+        let found = Self::ALL.into_iter().find(|dense| dense.name() == name);
+        found.ok_or_else(|| format!("unknown type; known: {}", known()))
     }
 }
 

@@ -1,5 +1,7 @@
 //! The ternary types: TQ1_0, TQ2_0 and I2_S, each both ways.
 
+use std::str::FromStr;
+
 use half::f16;
 
 use super::{BlockError, half_at};
@@ -41,12 +43,6 @@ impl I2sLayout {
         }
     }
 
-    /// That of a name in options.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|layout| layout.name() == name)
-    }
-
     /// Values of a block; it takes a quarter of that in bytes.
     fn block(self) -> usize {
         match self {
@@ -68,6 +64,17 @@ impl I2sLayout {
             subtract_one(GgmlType::I2_S, i * 4 * run, out)?;
         }
         Ok(())
+    }
+}
+
+impl FromStr for I2sLayout {
+    type Err = String;
+
+    /// That of a name in options.
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = || Self::ALL.map(Self::name).join(", ");
+        let found = Self::ALL.into_iter().find(|layout| layout.name() == name);
+        found.ok_or_else(|| format!("unknown builds; known: {}", known()))
     }
 }
 

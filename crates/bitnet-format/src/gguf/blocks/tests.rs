@@ -99,7 +99,8 @@ fn the_layouts_of_i2_s_differ_in_the_length_of_a_run() {
     let half = [0u8; 16 + 32];
     assert!(decode_ternary(GgmlType::I2_S, &half, 64, I2sLayout::X86).is_err());
     assert_eq!(decode_ternary(GgmlType::I2_S, &half, 64, I2sLayout::Arm).unwrap().0, [-1; 64]);
-    assert_eq!(I2sLayout::ALL.map(|l| I2sLayout::from_name(l.name())), I2sLayout::ALL.map(Some));
+    assert_eq!(I2sLayout::ALL.map(|l| l.name().parse()), I2sLayout::ALL.map(Ok));
+    assert_eq!("neon".parse::<I2sLayout>().unwrap_err(), "unknown builds; known: x86, arm");
 }
 
 #[test]
