@@ -308,9 +308,10 @@ impl CpuOp<2> for LanguageLoss {
         let mut total = 0.0f64;
         let mut dhidden = Scratch::any(if track { hidden.data().len() } else { 0 });
         let mut dweight = Scratch::any(if track { weight.data().len() } else { 0 });
+        let mut logits = Scratch::any(ROUND.min(hidden.data().len() / cols) * vocab);
         for (round, hidden) in hidden.data().chunks(ROUND * cols).enumerate() {
             let tokens = hidden.len() / cols;
-            let mut dlogits = Scratch::any(tokens * vocab);
+            let dlogits = &mut logits[..tokens * vocab];
             let losses: Vec<f64> = dlogits
                 .par_chunks_mut(TOKENS * vocab)
                 .zip(hidden.par_chunks(TOKENS * cols))
@@ -326,7 +327,7 @@ impl CpuOp<2> for LanguageLoss {
                 .collect();
             total += losses.iter().sum::<f64>();
             if let Some(packed) = &packed {
-                let d = MatRef::new(&dlogits, tokens, vocab, vocab);
+                let d = MatRef::new(dlogits, tokens, vocab, vocab);
                 let dh = &mut dhidden[round * ROUND * cols..][..tokens * cols];
                 products::product(d, packed, dh, false);
                 let x = Packed::floats(MatRef::new(hidden, tokens, cols, cols));
