@@ -488,13 +488,17 @@ fn scan_block(
     for (i, (middles, reaches)) in outs.enumerate() {
         let (first, tokens) = (i * TOGETHER, reaches.len());
         let planes = activations.planes(first, first + tokens);
-        let scan = |w: Int4Rows<'_>, sums: &mut [i32]| {
+        let scan = |w: Int4Rows<'_>, then: Int4Rows<'_>, sums: &mut [i32]| {
             let out = MatMut::new(&mut sums[..2 * tokens * BLOCK], 2 * tokens, BLOCK);
-            kernels.int4_sums(w.rows(start, start + BLOCK), planes, out);
+            kernels.int4_sums(w.rows(start, start + BLOCK), then, planes, out);
         };
-        scan(head.high(), &mut high);
+        let (behind, all) = (start + BLOCK, head.high().len());
+        let next = head.high().rows(behind, all.min(behind + BLOCK));
         if full {
-            scan(head.low(), &mut low);
+            scan(head.high(), head.low().rows(start, behind), &mut high);
+            scan(head.low(), next, &mut low);
+        } else {
+            scan(head.high(), next, &mut high);
         }
         let high = high.as_chunks::<BLOCK>().0.as_chunks::<2>().0;
         let low = low.as_chunks::<BLOCK>().0.as_chunks::<2>().0;

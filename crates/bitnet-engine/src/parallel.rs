@@ -21,7 +21,7 @@ const PART_BYTES: usize = 32 << 10;
 const POOL_BYTES: usize = 1 << 20;
 
 /// Parts per thread in a region, so that a thread that was held up is helped.
-const PARTS_PER_THREAD: usize = 4;
+const PARTS_PER_THREAD: usize = 8;
 
 /// Physical cores that this process may use.
 #[must_use]

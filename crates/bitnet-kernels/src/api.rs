@@ -267,15 +267,22 @@ impl Kernels {
     }
 
     /// Exact sums of 4-bit rows and int8 vectors:
-    /// `out[t, n] = Σ_k w[n, k] · q[t, k]`, with w in 0..=15.
+    /// `out[t, n] = Σ_k w[n, k] · q[t, k]`, with w in 0..=15. Memory is asked for the rows
+    /// `then`, which may be none: those of the next call.
     ///
     /// # Panics
     /// If the shapes do not fit: `out` is `[tokens, rows]`, the columns at most
     /// [`crate::INT4_MAX_COLS`], and the vectors are zero behind them.
-    pub fn int4_sums(self, w: Int4Rows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
+    pub fn int4_sums(
+        self,
+        w: Int4Rows<'_>,
+        then: Int4Rows<'_>,
+        x: TokensRef<'_>,
+        out: MatMut<'_, i32>,
+    ) {
         assert_eq!((out.rows(), out.cols()), (x.len(), w.len()), "[tokens, rows]");
         w.check(&x);
-        dispatch!(self, isa => int4_rows::all(isa, w, x, out));
+        dispatch!(self, isa => int4_rows::all(isa, w, then, x, out));
     }
 
     /// [`Kernels::int4_sums`] of the rows `rows` alone, in their order.

@@ -2,8 +2,9 @@
 //!
 //! Keys are stored in blocks of [`KEY_BLOCK`] positions, transposed: block `b`
 //! holds `[C, KEY_BLOCK]`, so that one vector is the same element of sixteen
-//! keys. A score is then the sum over `c` in its natural order, whatever the
-//! width of the machine's vectors. Values are `[T, C]`, summed over `t` in order.
+//! keys. A score is then a chain of fused multiply-adds over `c` in its natural order,
+//! whatever the width of the machine's vectors. Values are `[T, C]`, added in the same
+//! way over `t`.
 //!
 //! Up to [`ATTEND_TILE`] queries share each load of keys and values: the heads of
 //! a token that read one key and value head, and neighbouring tokens. Every query
@@ -238,8 +239,8 @@ fn all_scores<S: Simd, E: Element, const Q: usize>(
     let blocks = stride / KEY_BLOCK;
     let scores = scores.as_chunks_mut::<KEY_BLOCK>().0;
     let mut block = 0;
-    // Several blocks at a time, so that one addition need not wait for another
-    // (it takes four cycles, and two begin in each).
+    // Several blocks at a time, so that one sum need not wait for another (a
+    // multiply-add takes four cycles, and two begin in each).
     while Q == 1 && block + 4 <= blocks {
         score_blocks::<S, E, Q, 4>(isa, head, qs, block, rows, blocks, scores);
         block += 4;
@@ -275,7 +276,7 @@ fn score_blocks<S: Simd, E: Element, const Q: usize, const B: usize>(
         for i in 0..Q {
             let q = isa.splat(qs[i][c]);
             for b in 0..B {
-                sums[i][b] = isa.mul_add(sums[i][b], q, key[b]);
+                sums[i][b] = isa.fma(sums[i][b], q, key[b]);
             }
         }
     }
@@ -336,7 +337,7 @@ fn value_columns<S: Simd, E: Element, const Q: usize, const V: usize>(
         for i in 0..Q {
             let w = isa.splat(weights[i][t]);
             for v in 0..V {
-                sums[i][v] = isa.mul_add(sums[i][v], w, value[v]);
+                sums[i][v] = isa.fma(sums[i][v], w, value[v]);
             }
         }
     }
@@ -366,14 +367,14 @@ fn finish<S: Simd, E: Element>(
         let mut sum = isa.load_f32(out);
         for (&w, value) in weights.iter().zip(values.clone()).skip(from) {
             let value = &value.as_chunks::<16>().0[i];
-            sum = isa.mul_add(sum, isa.splat(w), E::load(isa, value));
+            sum = isa.fma(sum, isa.splat(w), E::load(isa, value));
         }
         *out = isa.floats(isa.mul(sum, isa.splat(inv_sum)));
     }
     for (c, out) in (16 * chunks.len()..).zip(rest) {
         let mut sum = 0.0;
         for (&w, value) in weights.iter().zip(values.clone()) {
-            sum += w * value[c].widen();
+            sum = w.mul_add(value[c].widen(), sum);
         }
         *out = sum * inv_sum;
     }

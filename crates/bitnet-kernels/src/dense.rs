@@ -138,13 +138,33 @@ pub(crate) trait Rows: Copy {
     /// Row `n` of rows of `cols` columns.
     fn row(self, n: usize, cols: usize) -> Self;
 
-    /// The dot products of `R` rows and `T` vectors, each in the order of lanes.
+    /// The dot products of `R` rows and `T` vectors, each in the order of lanes. Memory
+    /// is asked for the share of this tile in what lies behind the rows.
     fn dot_tile<S: Simd, const R: usize, const T: usize>(
         isa: S,
         w: [Self; R],
         x: [&[f32]; T],
         cols: usize,
+        share: Share,
     ) -> [[f32; R]; T];
+}
+
+/// One of the tiles that use the same rows. All of them together ask for what the rows
+/// behind will need: were it the first one alone, it would wait for memory and memory
+/// for the others.
+#[derive(Clone, Copy)]
+pub(crate) struct Share {
+    pub(crate) tile: usize,
+    pub(crate) tiles: usize,
+}
+
+impl Share {
+    /// How far behind each row of `bytes` bytes it begins, and how far it goes on where
+    /// the rows go on by `step` bytes.
+    #[inline(always)]
+    pub(crate) fn ahead(self, bytes: usize, step: usize) -> (usize, usize) {
+        (PREFETCH_BYTES + bytes * self.tile / self.tiles, step.div_ceil(self.tiles))
+    }
 }
 
 impl<E: Element> Rows for &[E] {
@@ -159,8 +179,9 @@ impl<E: Element> Rows for &[E] {
         w: [Self; R],
         x: [&[f32]; T],
         cols: usize,
+        share: Share,
     ) -> [[f32; R]; T] {
-        dot_tile(isa, w, x, cols)
+        dot_tile(isa, w, x, cols, share)
     }
 }
 
@@ -173,12 +194,14 @@ fn matmul_of<S: Simd, W: Rows>(isa: S, w: W, xs: &[f32], cols: usize, mut out: M
         let end = tokens.min(first + TOKENS);
         for n in 0..apart {
             let fours = [n, n + apart, n + 2 * apart, n + 3 * apart];
-            let mut tile = Tile { isa, w, xs, cols, t: first, out: out.reborrow() };
+            // A tile's sums stay in registers: 24 of 32, or 4 of 8. Tiles of nearly
+            // one size: 4 and 3 tokens, not 6 and 1.
+            let tiles = (end - first).div_ceil(if S::WIDE { 6 } else { 2 });
+            let share = Share { tile: 0, tiles };
+            let mut tile = Tile { isa, w, xs, cols, t: first, out: out.reborrow(), share };
             while tile.t < end {
-                // A tile's sums stay in registers: 24 of 32, or 4 of 8. Tiles of nearly
-                // one size: 4 and 3 tokens, not 6 and 1.
                 let left = end - tile.t;
-                match left.div_ceil(left.div_ceil(if S::WIDE { 6 } else { 2 })) {
+                match left.div_ceil(tiles - tile.share.tile) {
                     1 => tile.run::<4, 1>(fours),
                     2 if S::WIDE => tile.run::<4, 2>(fours),
                     3 if S::WIDE => tile.run::<4, 3>(fours),
@@ -192,10 +215,12 @@ fn matmul_of<S: Simd, W: Rows>(isa: S, w: W, xs: &[f32], cols: usize, mut out: M
                         tile.run::<2, 2>([fours[2], fours[3]]);
                     }
                 }
+                tile.share.tile += 1;
             }
         }
         for n in 4 * apart..rows {
-            let mut tile = Tile { isa, w, xs, cols, t: first, out: out.reborrow() };
+            let share = Share { tile: 0, tiles: 1 };
+            let mut tile = Tile { isa, w, xs, cols, t: first, out: out.reborrow(), share };
             while tile.t < end {
                 tile.run::<1, 1>([n]);
             }
@@ -211,6 +236,7 @@ struct Tile<'a, S, W> {
     cols: usize,
     t: usize,
     out: MatMut<'a, f32>,
+    share: Share,
 }
 
 impl<S: Simd, W: Rows> Tile<'_, S, W> {
@@ -221,7 +247,7 @@ impl<S: Simd, W: Rows> Tile<'_, S, W> {
         let x = &self.xs[self.t * cols..];
         let w = array!(R, r => w.row(rows[r], cols));
         let x = array!(T, t => &x[t * cols..(t + 1) * cols]);
-        let sums = W::dot_tile(isa, w, x, cols);
+        let sums = W::dot_tile(isa, w, x, cols, self.share);
         for (t, sums) in sums.iter().enumerate() {
             let out = self.out.row(self.t + t);
             for (&n, &sum) in rows.iter().zip(sums) {
@@ -233,7 +259,7 @@ impl<S: Simd, W: Rows> Tile<'_, S, W> {
 }
 
 /// How far ahead of the vector in use memory is asked for, in each stream.
-pub(crate) const PREFETCH_BYTES: usize = 2048;
+const PREFETCH_BYTES: usize = 2048;
 
 /// The dot products of `R` rows and `T` vectors, each in the order of lanes.
 #[inline(always)]
@@ -242,20 +268,23 @@ fn dot_tile<S: Simd, E: Element, const R: usize, const T: usize>(
     w: [&[E]; R],
     x: [&[f32]; T],
     cols: usize,
+    share: Share,
 ) -> [[f32; R]; T] {
     let whole = cols / LANES;
+    let (mut ahead, step) = share.ahead(size_of_val(w[0]), size_of::<[E; LANES]>());
     let chunks_w = array!(R, r => &w[r].as_chunks::<LANES>().0[..whole]);
     let chunks_x = array!(T, t => &x[t].as_chunks::<LANES>().0[..whole]);
     let mut sums = [[isa.splat(0.0); R]; T];
     for k in 0..whole {
-        let w = array!(R, r => {
-            isa.prefetch(chunks_w[r][k].as_ptr().cast::<u8>().wrapping_add(PREFETCH_BYTES));
+        let lanes = array!(R, r => {
+            isa.prefetch(w[r].as_ptr().cast::<u8>().wrapping_add(ahead));
             E::load(isa, &chunks_w[r][k])
         });
+        ahead += step;
         for t in 0..T {
             let x = isa.load_f32(&chunks_x[t][k]);
             for r in 0..R {
-                sums[t][r] = isa.fma(sums[t][r], w[r], x);
+                sums[t][r] = isa.fma(sums[t][r], lanes[r], x);
             }
         }
     }

@@ -9,7 +9,7 @@
 use bitnet_core::ternary::LANES;
 use half::f16;
 
-use crate::dense::{PREFETCH_BYTES, Rows};
+use crate::dense::{Rows, Share};
 use crate::simd::{Simd, array, widen_f16};
 
 /// Weights of a block.
@@ -110,16 +110,19 @@ where
         w: [Self; R],
         x: [&[f32]; T],
         cols: usize,
+        share: Share,
     ) -> [[f32; R]; T] {
         let blocks = cols / ROW_BLOCK;
+        let (mut ahead, step) = share.ahead(blocks * N, N);
         let w = array!(R, r => &w[r][..blocks]);
         let x = array!(T, t => &x[t].as_chunks::<LANES>().0[..2 * blocks]);
         let mut sums = [[isa.splat(0.0); R]; T];
         for b in 0..blocks {
             let scales = array!(R, r => {
-                isa.prefetch(w[r][b].as_ptr().wrapping_add(PREFETCH_BYTES));
+                isa.prefetch(w[r].as_ptr().cast::<u8>().wrapping_add(ahead));
                 w[r][b].scale()
             });
+            ahead += step;
             for half in 0..2 {
                 // Products and differences of so few bits are exact. A zero's sign
                 // may differ from the value's, which changes no sum that began at +0.

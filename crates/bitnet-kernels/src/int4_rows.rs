@@ -72,9 +72,24 @@ impl<'a> Int4Rows<'a> {
 
 /// The rows from the first to the last; see [`crate::Kernels::int4_sums`].
 #[inline(always)]
-pub(crate) fn all<S: Simd>(isa: S, w: Int4Rows<'_>, x: TokensRef<'_>, out: MatMut<'_, i32>) {
-    // Behind the rows lie those of the next call.
-    let later = |_: usize, row: *const [u8; 64]| row.wrapping_byte_add(PREFETCH_BYTES);
+pub(crate) fn all<S: Simd>(
+    isa: S,
+    w: Int4Rows<'_>,
+    then: Int4Rows<'_>,
+    x: TokensRef<'_>,
+    out: MatMut<'_, i32>,
+) {
+    let stride = Int4Rows::stride(w.cols);
+    let (apart, then_apart) = (w.len().div_ceil(ROWS), then.len().div_ceil(ROWS));
+    // Behind a stream lies the same one of the rows that are read next.
+    let later = |n: usize, r: usize, row: *const [u8; 64]| {
+        let at = n * stride + PREFETCH_BYTES;
+        if at < apart * stride || then.is_empty() {
+            return row.wrapping_byte_add(PREFETCH_BYTES);
+        }
+        let first = then.bytes.as_ptr().cast::<[u8; 64]>();
+        first.wrapping_byte_add(r * then_apart * stride + at - apart * stride)
+    };
     product(isa, w, w.len(), x, out, |i| i, later);
 }
 
@@ -89,14 +104,16 @@ pub(crate) fn listed<S: Simd>(
 ) {
     let blocks = Int4Rows::stride(w.cols) / 64;
     let bytes = w.bytes.as_chunks::<64>().0.as_ptr();
-    let later = |i: usize, row: *const [u8; 64]| match rows.get(i + 1) {
+    let apart = rows.len().div_ceil(ROWS);
+    let later = |n: usize, r: usize, row| match rows.get(n + r * apart + 1) {
         Some(&later) => bytes.wrapping_add(later as usize * blocks),
         None => row,
     };
     product(isa, w, rows.len(), x, out, |i| rows[i] as usize, later);
 }
 
-/// The rows `row(0..count)`; `later` says where a row's stream goes on.
+/// The rows `row(0..count)`; `later` says where the stream of the `n`th row of stream `r`
+/// goes on.
 #[inline(always)]
 fn product<S: Simd>(
     isa: S,
@@ -105,7 +122,7 @@ fn product<S: Simd>(
     x: TokensRef<'_>,
     mut out: MatMut<'_, i32>,
     row: impl Fn(usize) -> usize + Copy,
-    later: impl Fn(usize, *const [u8; 64]) -> *const [u8; 64] + Copy,
+    later: impl Fn(usize, usize, *const [u8; 64]) -> *const [u8; 64] + Copy,
 ) {
     let blocks = Int4Rows::stride(w.cols) / 64;
     let bytes = w.bytes.as_chunks::<64>().0;
@@ -118,7 +135,7 @@ fn product<S: Simd>(
             let i = (n + r * apart).min(count - 1);
             let at = row(i) * blocks;
             rows[r] = &bytes[at..at + blocks];
-            next[r] = later(i, rows[r].as_ptr());
+            next[r] = later(n, r, rows[r].as_ptr());
         }
         let mut t = 0;
         while t < x.len() {

@@ -2,6 +2,17 @@
 //! disjoint columns of one output.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+
+/// A slice whose elements have all been written.
+///
+/// # Safety
+/// They have.
+pub(crate) unsafe fn init<T>(slice: &[MaybeUninit<T>]) -> &[T] {
+    // SAFETY: `MaybeUninit<T>` is laid out as `T`, and the caller vouches for the
+    // values.
+    unsafe { &*(std::ptr::from_ref(slice) as *const [T]) }
+}
 
 /// A mutable row-major view `[rows, cols]` whose rows are `stride` apart.
 #[derive(Debug)]

@@ -9,7 +9,7 @@
 
 use std::mem::MaybeUninit;
 
-use crate::mat::MatMut;
+use crate::mat::{MatMut, init};
 use crate::product::Codec;
 use crate::simd::{Simd, array};
 use crate::ternary::{TernaryRows, TokensRef};
@@ -106,6 +106,11 @@ fn panel_sums<S: Simd, C: Codec, const U: usize>(
     let chunk = PANEL_VECTORS / (UNIT * C::PLANES * U);
     for start in (0..blocks).step_by(chunk) {
         let range = start..blocks.min(start + chunk);
+        let mut later = Later::new(w, if range.end == blocks { 0 } else { range.end }, chunk);
+        if range.end == blocks {
+            // Behind these rows lie those of the next call.
+            later.first = later.first.wrapping_add(w.len() * blocks);
+        }
         let steps = range.len() * C::PLANES * UNIT;
         let panel = &mut scratch.panel[..steps * U];
         unpack::<S, C, U>(isa, w, range.clone(), panel);
@@ -119,6 +124,7 @@ fn panel_sums<S: Simd, C: Codec, const U: usize>(
             if range.end == blocks {
                 (t..t + left).for_each(&mut *ahead);
             }
+            later.ask(isa, left, x.len());
             match left {
                 8.. => tile::<S, U, 8>(isa, panel, acts, start == 0, sums),
                 6 | 7 if S::TILE_TOKENS >= 6 => {
@@ -136,6 +142,43 @@ fn panel_sums<S: Simd, C: Codec, const U: usize>(
                 _ => 1,
             };
         }
+    }
+}
+
+/// The packed blocks that will be unpacked next. Memory is asked for them little by
+/// little while the tokens pass: rows lie apart, which no prefetcher foresees.
+struct Later {
+    /// The first row's.
+    first: *const [u8; 64],
+    /// Blocks from one row to the next.
+    row_blocks: usize,
+    /// Blocks of a row, and how many rows there are.
+    blocks: usize,
+    rows: usize,
+    /// Tokens that have passed.
+    passed: usize,
+}
+
+impl Later {
+    /// Blocks from `start` on, at most `most` of each row.
+    #[inline(always)]
+    fn new(w: TernaryRows<'_>, start: usize, most: usize) -> Self {
+        let row_blocks = w.layout.row_bytes(w.cols) / 64;
+        let first = w.bytes.as_ptr().cast::<[u8; 64]>().wrapping_add(start);
+        Self { first, row_blocks, blocks: most.min(row_blocks - start), rows: w.len(), passed: 0 }
+    }
+
+    /// Asks for the share of `tokens` tokens of `all`.
+    #[inline(always)]
+    fn ask<S: Simd>(&mut self, isa: S, tokens: usize, all: usize) {
+        let rows = |passed: usize| (self.rows * passed).div_ceil(all);
+        for row in rows(self.passed)..rows(self.passed + tokens) {
+            let row = self.first.wrapping_add(row * self.row_blocks);
+            for block in 0..self.blocks {
+                isa.prefetch(row.wrapping_add(block).cast());
+            }
+        }
+        self.passed += tokens;
     }
 }
 
@@ -225,14 +268,4 @@ fn tile<S: Simd, const U: usize, const T: usize>(
         write = false;
         start = end;
     }
-}
-
-/// A slice whose elements have all been written.
-///
-/// # Safety
-/// They have.
-unsafe fn init<T>(slice: &[MaybeUninit<T>]) -> &[T] {
-    // SAFETY: `MaybeUninit<T>` is laid out as `T`, and the caller vouches for the
-    // values.
-    unsafe { &*(std::ptr::from_ref(slice) as *const [T]) }
 }

@@ -11,6 +11,9 @@ use crate::{panel, rows};
 /// From this many tokens on, unpacking a panel of rows once pays.
 pub(crate) const PANEL_TOKENS: usize = 16;
 
+/// The same where many registers let a group of tokens share what is unpacked.
+const WIDE_PANEL_TOKENS: usize = 25;
+
 /// A layout as the kernels see it: 64-byte blocks of some planes of 64 codes.
 pub(crate) trait Codec: Copy {
     /// Planes of 64 codes in a block.
@@ -97,7 +100,7 @@ fn product_of<S: Simd, C: Codec, O: Copy>(
     out: MatMut<'_, O>,
     finish: impl Fn(usize, i32) -> O + Copy,
 ) {
-    if x.len() >= PANEL_TOKENS {
+    if x.len() >= if S::WIDE { WIDE_PANEL_TOKENS } else { PANEL_TOKENS } {
         panel::product::<S, C, O>(isa, w, x, out, finish);
     } else {
         rows::product::<S, C, O>(isa, w, x, out, finish);

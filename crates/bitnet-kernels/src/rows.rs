@@ -1,7 +1,9 @@
 //! The integer product for few tokens: rows stay packed and are read from memory
 //! once, four at a time, so that sums share activation vectors and reductions.
 
-use crate::mat::MatMut;
+use std::mem::MaybeUninit;
+
+use crate::mat::{MatMut, init};
 use crate::product::{Codec, PANEL_TOKENS};
 use crate::simd::{Simd, array};
 use crate::ternary::{TernaryRows, TokensRef};
@@ -18,9 +20,8 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
     out: MatMut<'_, O>,
     finish: impl Fn(usize, i32) -> O + Copy,
 ) {
-    // Many tokens keep what is unpacked of two rows busy, and 16 sums in registers.
     if S::WIDE && x.len() > 4 {
-        streams::<S, C, O, 2>(isa, w, x, out, finish, 8);
+        groups::<S, C, O>(isa, w, x, out, finish);
     } else {
         streams::<S, C, O, 4>(isa, w, x, out, finish, if S::WIDE { 4 } else { 3 });
     }
@@ -84,26 +85,160 @@ fn streams<S: Simd, C: Codec, O: Copy, const R: usize>(
                     2 => tile!(2),
                     3 => tile!(3),
                     4 if S::WIDE => tile!(4),
-                    5 if R == 2 => tile!(5),
-                    6 if R == 2 => tile!(6),
-                    7 if R == 2 => tile!(7),
-                    8 if R == 2 => tile!(8),
                     _ => unreachable!("a tile has at most `most` tokens"),
                 }
                 t += count;
             }
         }
         for (t, sums) in sums[..x.len()].iter().enumerate() {
-            let out = out.row(t);
-            for (r, sums) in sums.iter().enumerate() {
-                let start = (first + r * apart).min(out.len());
-                let end = (start + count).min(out.len());
-                for (out, &sum) in out[start..end].iter_mut().zip(sums) {
-                    *out = finish(t, sum);
+            write(out.row(t), sums, first, count, apart, |sum| finish(t, sum));
+        }
+    }
+}
+
+/// Five tokens or more, in groups of nearly one size: at most 24 sums in registers.
+#[inline(always)]
+fn groups<S: Simd, C: Codec, O: Copy>(
+    isa: S,
+    w: TernaryRows<'_>,
+    x: TokensRef<'_>,
+    mut out: MatMut<'_, O>,
+    finish: impl Fn(usize, i32) -> O + Copy,
+) {
+    let mut t = 0;
+    while t < x.len() {
+        let left = x.len() - t;
+        let count = left.div_ceil(left.div_ceil(8));
+        macro_rules! group {
+            ($tokens:literal, $rows:literal) => {
+                group::<S, C, O, $rows, $tokens>(isa, w, x, t, out.reborrow(), finish)
+            };
+        }
+        match count {
+            4 => group!(4, 4),
+            5 => group!(5, 4),
+            6 => group!(6, 4),
+            7 => group!(7, 3),
+            8 => group!(8, 3),
+            _ => unreachable!("five tokens or more make groups of four to eight"),
+        }
+        t += count;
+    }
+}
+
+/// Vectors of activations that are copied together: 26 KiB, which the first-level cache
+/// holds.
+const ACTS: usize = 416;
+
+/// `T` tokens from `t` on and `R` rows side by side, each a stream as in [`streams`].
+///
+/// So many tokens of thousands of columns do not fit the first-level cache: a part of
+/// the columns is taken at a time. What a block of codes meets is copied to one place,
+/// in the order in which it is read.
+#[inline(always)]
+fn group<S: Simd, C: Codec, O: Copy, const R: usize, const T: usize>(
+    isa: S,
+    w: TernaryRows<'_>,
+    x: TokensRef<'_>,
+    t: usize,
+    mut out: MatMut<'_, O>,
+    finish: impl Fn(usize, i32) -> O + Copy,
+) {
+    let blocks = w.layout.row_bytes(w.cols) / 64;
+    let bytes = w.bytes.as_chunks::<64>().0;
+    let apart = w.len().div_ceil(R);
+    let tokens = array!(T, j => token::<C>(&x, t + j, blocks));
+    // Parts of nearly one size.
+    let most = (ACTS / (T * C::PLANES)).min(S::PART_DOTS / C::PLANES);
+    let part = blocks.div_ceil(blocks.div_ceil(most).max(1));
+    // Whole rows, two at least, behind the one in use.
+    let ahead = (PREFETCH_BYTES / (64 * blocks.max(1))).max(2) * blocks;
+    let mut acts = [const { MaybeUninit::<[i8; 64]>::uninit() }; ACTS];
+    let mut sums = [[[0i32; CHUNK]; R]; T];
+    for first in (0..apart).step_by(CHUNK) {
+        let count = CHUNK.min(apart - first);
+        for start in (0..blocks).step_by(part.max(1)) {
+            let end = blocks.min(start + part);
+            let planes = start * C::PLANES..end * C::PLANES;
+            let acts = &mut acts[..planes.len() * T];
+            if first == 0 || part < blocks {
+                for (acts, plane) in acts.chunks_exact_mut(T).zip(planes) {
+                    for (act, token) in acts.iter_mut().zip(tokens) {
+                        act.write(token[plane]);
+                    }
+                }
+            }
+            // SAFETY: they have been written here, or, where there is one part, for the
+            // first chunk.
+            let acts = unsafe { init(acts) };
+            for i in 0..count {
+                // Behind the last row it is repeated and its sum dropped.
+                let rows: [&[[u8; 64]]; R] = array!(R, r => {
+                    let row = (first + i + r * apart).min(w.len() - 1);
+                    std::hint::black_box(&bytes[row * blocks + start..row * blocks + end])
+                });
+                let tile = dot_part::<S, C, R, T>(isa, rows, acts, ahead);
+                for (sums, tile) in sums.iter_mut().zip(tile) {
+                    for r in 0..R {
+                        let sum = &mut sums[r][i];
+                        *sum = if start == 0 { tile[r] } else { *sum + tile[r] };
+                    }
+                }
+            }
+        }
+        for (t, sums) in (t..).zip(&sums) {
+            write(out.row(t), sums, first, count, apart, |sum| finish(t, sum));
+        }
+    }
+}
+
+/// Writes results of `count` rows of each stream from `first` on.
+#[inline(always)]
+fn write<O: Copy, const R: usize>(
+    out: &mut [O],
+    sums: &[[i32; CHUNK]; R],
+    first: usize,
+    count: usize,
+    apart: usize,
+    finish: impl Fn(i32) -> O,
+) {
+    for (r, sums) in sums.iter().enumerate() {
+        let start = (first + r * apart).min(out.len());
+        let end = (start + count).min(out.len());
+        for (out, &sum) in out[start..end].iter_mut().zip(sums) {
+            *out = finish(sum);
+        }
+    }
+}
+
+/// Totals of a part of `R` rows and the activations it meets, `[blocks, planes, T]`; a
+/// plane is unpacked once for all tokens. Asks for the blocks `ahead` of those in use.
+#[inline(always)]
+fn dot_part<S: Simd, C: Codec, const R: usize, const T: usize>(
+    isa: S,
+    rows: [&[[u8; 64]]; R],
+    acts: &[[i8; 64]],
+    ahead: usize,
+) -> [[i32; R]; T] {
+    let blocks = rows[0].len();
+    let rows = array!(R, r => &rows[r][..blocks]);
+    let mut parts = [[isa.part_zero(); R]; T];
+    for (b, acts) in acts.chunks_exact(C::PLANES * T).enumerate().take(blocks) {
+        let prepared = array!(R, r => {
+            isa.prefetch(rows[r].as_ptr().wrapping_add(b + ahead).cast());
+            C::prepare(isa, isa.load(&rows[r][b]))
+        });
+        for p in 0..C::PLANES {
+            let codes = array!(R, r => C::plane(isa, prepared[r], p));
+            for t in 0..T {
+                let q = isa.load_acts(&acts[p * T + t]);
+                for r in 0..R {
+                    parts[t][r] = isa.dot(parts[t][r], codes[r], q);
                 }
             }
         }
     }
+    totals(isa, array!(T, t => array!(R, r => isa.part_sums(parts[t][r]))))
 }
 
 /// The activations of one token that meet `blocks` blocks.

@@ -235,17 +235,19 @@ fn check_blocks(bytes: &[u8], xs: &[f32], cols: usize) {
     check_rows(DenseRows::Int4(&int4), &w, xs, cols);
 }
 
-/// Attention as it is defined: scores over c in order, values over t in order.
+/// Attention as it is defined: scores over c in order, values over t in order, each a
+/// chain of fused multiply-adds.
 fn attend_plain(q: &[f32], keys: &[f32], values: &[f32], len: usize, scale: f32) -> Vec<f32> {
     let c = q.len();
-    let score = |t: usize| (0..c).fold(0.0f32, |sum, i| sum + q[i] * keys[t * c + i]) * scale;
+    let score = |t: usize| (0..c).fold(0.0f32, |sum, i| q[i].mul_add(keys[t * c + i], sum)) * scale;
     let mut scores: Vec<f32> = (0..len).map(score).collect();
     let max = scores.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
     scores.iter_mut().for_each(|s| *s = exp(*s - max));
     let mut lanes = [0.0f32; LANES];
     scores.iter().enumerate().for_each(|(t, s)| lanes[t % LANES] += s);
     let inv_sum = 1.0 / lane_sum(lanes);
-    let column = |i: usize| (0..len).fold(0.0f32, |sum, t| sum + scores[t] * values[t * c + i]);
+    let column =
+        |i: usize| (0..len).fold(0.0f32, |sum, t| scores[t].mul_add(values[t * c + i], sum));
     (0..c).map(|i| column(i) * inv_sum).collect()
 }
 
@@ -340,7 +342,7 @@ fn attend_int8_plain(q: &[f32], cache: &Int8Cache, len: usize, scale: f32) -> Ve
         f32::from(cache.keys[(t / KEY_BLOCK * c + i) * KEY_BLOCK + t % KEY_BLOCK])
     };
     let score = |t: usize| {
-        (0..c).fold(0.0f32, |sum, i| sum + q[i] * key(t, i)) * scale * cache.key_scales[t]
+        (0..c).fold(0.0f32, |sum, i| q[i].mul_add(key(t, i), sum)) * scale * cache.key_scales[t]
     };
     let mut scores: Vec<f32> = (0..len).map(score).collect();
     let max = scores.iter().fold(f32::NEG_INFINITY, |m, &s| if s > m { s } else { m });
@@ -350,7 +352,7 @@ fn attend_int8_plain(q: &[f32], cache: &Int8Cache, len: usize, scale: f32) -> Ve
     let inv_sum = 1.0 / lane_sum(lanes);
     scores.iter_mut().zip(&cache.value_scales).for_each(|(s, scale)| *s *= scale);
     let value = |t: usize, i: usize| f32::from(cache.values[t * c + i]);
-    let column = |i: usize| (0..len).fold(0.0f32, |sum, t| sum + scores[t] * value(t, i));
+    let column = |i: usize| (0..len).fold(0.0f32, |sum, t| scores[t].mul_add(value(t, i), sum));
     (0..c).map(|i| column(i) * inv_sum).collect()
 }
 

@@ -132,6 +132,10 @@ fn every_number_of_tokens_is_exact() {
         for tokens in 1..=40 {
             Case::random(layout, 67, 576, tokens, tokens as u64).check();
         }
+        // Several chunks of rows, several parts of the columns.
+        for tokens in [5, 7, 8, 13, 24] {
+            Case::random(layout, 230, 7000, tokens, tokens as u64).check();
+        }
         // More tokens than a panel keeps sums for, more columns than it holds.
         Case::random(layout, 50, 300, 300, 1).check();
         Case::random(layout, 70, 9000, 17, 2).check();
