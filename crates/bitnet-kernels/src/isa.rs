@@ -4,7 +4,7 @@
 use bitnet_core::Layout;
 
 #[cfg(target_arch = "aarch64")]
-use crate::neon::{Neon, NeonDotprod};
+use crate::neon::{Neon, NeonDotprod, NeonI8mm};
 use crate::portable::Portable;
 #[cfg(target_arch = "x86_64")]
 use crate::{
@@ -108,6 +108,8 @@ isa_table! { $;
     AvxVnni,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    NeonI8mm,
     #[cfg(target_arch = "aarch64")]
     NeonDotprod,
     #[cfg(target_arch = "aarch64")]

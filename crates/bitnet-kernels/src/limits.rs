@@ -104,6 +104,10 @@ const NARROW_SUMS: usize = 6;
 
 #[inline(always)]
 fn int8_peak<S: Simd>(isa: S, steps: usize) -> u64 {
+    if S::PAIRS {
+        pair_rounds(isa, steps);
+        return (steps * PAIRED_SUMS * 4 * 64 * 2) as u64;
+    }
     let sums = if S::WIDE {
         rounds::<S, WIDE_SUMS, 3>(isa, steps);
         WIDE_SUMS
@@ -132,6 +136,30 @@ fn rounds<S: Simd, const N: usize, const A: usize>(isa: S, steps: usize) {
     let mut sums = isa.sums_zero();
     for part in parts {
         sums = isa.add_sums(sums, isa.part_sums(part));
+    }
+    black_box(isa.sum_lanes(sums));
+}
+
+/// Pairs of tokens in [`pair_rounds`].
+const PAIRED_SUMS: usize = 3;
+
+/// The same where two rows are multiplied by two tokens at once.
+#[inline(always)]
+fn pair_rounds<S: Simd>(isa: S, steps: usize) {
+    let table: [[[u8; 64]; 2]; 2] = black_box([[[1; 64]; 2], [[2; 64]; 2]]);
+    let q: [[[i8; 8]; 2]; PAIRED_SUMS] = black_box([[[1; 8]; 2]; PAIRED_SUMS]);
+    let mut both = [[isa.sums_zero(); 2]; PAIRED_SUMS];
+    for step in 0..steps {
+        let codes = array!(2, i => isa.load(&table[step % 2][i]));
+        for (both, q) in both.iter_mut().zip(q) {
+            *both = isa.dot_pairs(*both, codes, q);
+        }
+    }
+    let mut sums = isa.sums_zero();
+    for both in both {
+        for sum in isa.pair_sums(both) {
+            sums = isa.add_sums(sums, sum);
+        }
     }
     black_box(isa.sum_lanes(sums));
 }

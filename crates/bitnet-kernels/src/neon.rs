@@ -1,5 +1,5 @@
-//! NEON, the baseline of AArch64, and its dot product extension: four 128-bit
-//! registers a vector.
+//! NEON, the baseline of AArch64, and its extensions for dot products and for products of
+//! 2 × 8 and 8 × 2 bytes: four 128-bit registers a vector.
 
 use std::arch::aarch64::*;
 
@@ -16,6 +16,11 @@ isa_token! {
 isa_token! {
     /// NEON with `sdot` (Armv8.2 and later: Neoverse, Apple M1, Cortex-A75).
     NeonDotprod = "neondotprod": ["neon", "dotprod"]
+}
+
+isa_token! {
+    /// NEON with `smmla` (Armv8.6 and later: Neoverse V1 and N2, Apple M2, Cortex-X2).
+    NeonI8mm = "neoni8mm": ["neon", "dotprod", "i8mm"]
 }
 
 /// An intrinsic that this file's tokens prove to be present.
@@ -303,22 +308,89 @@ implement!(Neon {
     }
 });
 
+/// The product of the sets that have `sdot`.
+macro_rules! sdot {
+    () => {
+        #[inline(always)]
+        fn dot(self, mut part: Self::Part, codes: Self::Bytes, acts: Self::Bytes) -> Self::Part {
+            for i in 0..4 {
+                // SAFETY: `dotprod` is proven by `self`; the instruction touches only
+                // these registers. (The intrinsic is not in stable Rust.)
+                unsafe {
+                    std::arch::asm!(
+                        "sdot {sum:v}.4s, {codes:v}.16b, {acts:v}.16b",
+                        sum = inout(vreg) part[i],
+                        codes = in(vreg) codes[i],
+                        acts = in(vreg) acts[i],
+                        options(pure, nomem, nostack, preserves_flags),
+                    );
+                }
+            }
+            part
+        }
+    };
+}
+
 implement!(NeonDotprod {
+    sdot!();
+});
+
+implement!(NeonI8mm {
+    // A register of the panel's product holds two rows, eight codes each, one of
+    // activations two tokens, and one of sums two rows times two tokens.
+    const PAIRS: bool = true;
+
+    sdot!();
+
     #[inline(always)]
-    fn dot(self, mut part: Self::Part, codes: Self::Bytes, acts: Self::Bytes) -> Self::Part {
-        for i in 0..4 {
-            // SAFETY: `dotprod` is proven by `self`; the instruction touches only
-            // these registers. (The intrinsic is not in stable Rust.)
+    fn interleave_words(self, [a, b]: [Self::Bytes; 2]) -> [Self::Bytes; 2] {
+        let words = |v| op!(self, vreinterpretq_u32_u8(v));
+        let pairs = array!(4, i => {
+            let (a, b) = (words(a[i]), words(b[i]));
+            [
+                op!(self, vreinterpretq_u8_u32(vzip1q_u32(a, b))),
+                op!(self, vreinterpretq_u8_u32(vzip2q_u32(a, b))),
+            ]
+        });
+        array!(2, half => array!(4, i => pairs[2 * half + i / 2][i % 2]))
+    }
+
+    #[inline(always)]
+    fn dot_pairs(
+        self,
+        mut sums: [Self::Sums; 2],
+        codes: [Self::Bytes; 2],
+        acts: [[i8; 8]; 2],
+    ) -> [Self::Sums; 2] {
+        // SAFETY: the features are proven by `self`; each array is 8 bytes.
+        let acts = unsafe { vcombine_s8(vld1_s8(acts[0].as_ptr()), vld1_s8(acts[1].as_ptr())) };
+        for i in 0..8 {
+            // SAFETY: `i8mm` is proven by `self`; the instruction touches only these
+            // registers. (The intrinsic is not in stable Rust.)
             unsafe {
                 std::arch::asm!(
-                    "sdot {sum:v}.4s, {codes:v}.16b, {acts:v}.16b",
-                    sum = inout(vreg) part[i],
-                    codes = in(vreg) codes[i],
-                    acts = in(vreg) acts[i],
+                    "smmla {sum:v}.4s, {acts:v}.16b, {codes:v}.16b",
+                    sum = inout(vreg) sums[i / 4][i % 4],
+                    codes = in(vreg) codes[i / 4][i % 4],
+                    acts = in(vreg) acts,
                     options(pure, nomem, nostack, preserves_flags),
                 );
             }
         }
-        part
+        sums
+    }
+
+    #[inline(always)]
+    fn pair_sums(self, sums: [Self::Sums; 2]) -> [Self::Sums; 2] {
+        let halves = |v| op!(self, vreinterpretq_s64_s32(v));
+        let tokens = array!(4, i => {
+            let (a, b) = (sums[i / 2][2 * i % 4], sums[i / 2][2 * i % 4 + 1]);
+            let (a, b) = (halves(a), halves(b));
+            [
+                op!(self, vreinterpretq_s32_s64(vzip1q_s64(a, b))),
+                op!(self, vreinterpretq_s32_s64(vzip2q_s64(a, b))),
+            ]
+        });
+        array!(2, t => array!(4, i => tokens[i][t]))
     }
 });

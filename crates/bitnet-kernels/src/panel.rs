@@ -5,7 +5,8 @@
 //! A lane is a row: a vector of the panel holds four neighbouring codes of each
 //! of sixteen rows, a vector of activations four of one token sixteen times over.
 //! So no sum is ever reduced across lanes, and a result is sixteen neighbours of
-//! an output row.
+//! an output row. Where one instruction multiplies two rows by two tokens, two vectors of
+//! the panel are interleaved: eight neighbouring codes of a row side by side.
 
 use std::mem::MaybeUninit;
 
@@ -126,13 +127,13 @@ fn panel_sums<S: Simd, C: Codec, const U: usize>(
             }
             later.ask(isa, left, x.len());
             match left {
-                8.. => tile::<S, U, 8>(isa, panel, acts, start == 0, sums),
+                8.. => tile_of::<S, U, 8, 4>(isa, panel, acts, start == 0, sums),
                 6 | 7 if S::TILE_TOKENS >= 6 => {
-                    tile::<S, U, 6>(isa, panel, acts, start == 0, sums);
+                    tile_of::<S, U, 6, 3>(isa, panel, acts, start == 0, sums);
                 }
-                4.. => tile::<S, U, 4>(isa, panel, acts, start == 0, sums),
-                2 | 3 => tile::<S, U, 2>(isa, panel, acts, start == 0, sums),
-                _ => tile::<S, U, 1>(isa, panel, acts, start == 0, sums),
+                4.. => tile_of::<S, U, 4, 2>(isa, panel, acts, start == 0, sums),
+                2 | 3 => tile_of::<S, U, 2, 1>(isa, panel, acts, start == 0, sums),
+                _ => tile_of::<S, U, 1, 1>(isa, panel, acts, start == 0, sums),
             }
             t += match left {
                 8.. => 8,
@@ -199,11 +200,14 @@ fn unpack<S: Simd, C: Codec, const U: usize>(
                 &bytes[(u * UNIT + r).min(w.len() - 1) * row_blocks + block]
             });
             let words = isa.transpose_words(rows);
-            for (i, word) in words.iter().enumerate() {
-                let prepared = C::prepare(isa, isa.load(word));
+            for (i, pair) in words.as_chunks::<2>().0.iter().enumerate() {
+                let prepared = array!(2, j => C::prepare(isa, isa.load(&pair[j])));
                 for p in 0..C::PLANES {
-                    let codes = C::plane(isa, prepared, p);
-                    panel[(p * UNIT + i) * U + u].write(isa.bytes(codes));
+                    let codes = array!(2, j => C::plane(isa, prepared[j], p));
+                    let codes = if S::PAIRS { isa.interleave_words(codes) } else { codes };
+                    for j in 0..2 {
+                        panel[(p * UNIT + 2 * i + j) * U + u].write(isa.bytes(codes[j]));
+                    }
                 }
             }
         }
@@ -218,7 +222,65 @@ struct Acts<'a> {
     step: usize,
 }
 
-/// Adds the products of a panel and `T` tokens to their sums, or writes them.
+/// Adds the products of a panel and `T` tokens, in `P` pairs, to their sums, or writes
+/// them.
+#[inline(always)]
+fn tile_of<S: Simd, const U: usize, const T: usize, const P: usize>(
+    isa: S,
+    panel: &[[u8; 64]],
+    acts: Acts<'_>,
+    write: bool,
+    sums: &mut [MaybeUninit<[i32; 16]>],
+) {
+    if S::PAIRS {
+        tile_of_pairs::<S, U, T, P>(isa, panel, acts, write, sums);
+    } else {
+        tile::<S, U, T>(isa, panel, acts, write, sums);
+    }
+}
+
+/// See [`tile_of`].
+#[inline(always)]
+fn tile_of_pairs<S: Simd, const U: usize, const T: usize, const P: usize>(
+    isa: S,
+    panel: &[[u8; 64]],
+    acts: Acts<'_>,
+    write: bool,
+    sums: &mut [MaybeUninit<[i32; 16]>],
+) {
+    let steps = panel.as_chunks::<U>().0.as_chunks::<2>().0;
+    // A last token without another is its own, and one of its sums is dropped.
+    let q: [[&[[i8; 8]]; 2]; P] = array!(P, p => array!(2, i => {
+        let token = acts.x.token(acts.t + (2 * p + i).min(T - 1));
+        &token.as_chunks::<8>().0[acts.step / 2..acts.step / 2 + steps.len()]
+    }));
+    let mut both = [[[isa.sums_zero(); 2]; U]; P];
+    for (k, step) in steps.iter().enumerate() {
+        for u in 0..U {
+            let codes = array!(2, j => isa.load(&step[j][u]));
+            for p in 0..P {
+                both[p][u] = isa.dot_pairs(both[p][u], codes, [q[p][0][k], q[p][1][k]]);
+            }
+        }
+    }
+    for (t, sums) in sums.chunks_exact_mut(U).take(T).enumerate() {
+        for (u, slot) in sums.iter_mut().enumerate() {
+            add(isa, slot, isa.pair_sums(both[t / 2][u])[t % 2], write);
+        }
+    }
+}
+
+/// Adds to sums that were written before, or writes them.
+#[inline(always)]
+fn add<S: Simd>(isa: S, slot: &mut MaybeUninit<[i32; 16]>, mut sum: S::Sums, write: bool) {
+    if !write {
+        // SAFETY: an earlier part of these rows has written the slot.
+        sum = isa.add_sums(sum, isa.load_sums(unsafe { slot.assume_init_ref() }));
+    }
+    slot.write(isa.sum_lanes(sum));
+}
+
+/// See [`tile_of`].
 #[inline(always)]
 fn tile<S: Simd, const U: usize, const T: usize>(
     isa: S,
@@ -256,13 +318,7 @@ fn tile<S: Simd, const U: usize, const T: usize>(
         }
         for t in 0..T {
             for u in 0..U {
-                let mut sum = isa.part_sums(parts[t][u]);
-                let slot = &mut sums[t * U + u];
-                if !write {
-                    // SAFETY: an earlier part of these rows has written the slot.
-                    sum = isa.add_sums(sum, isa.load_sums(unsafe { slot.assume_init_ref() }));
-                }
-                slot.write(isa.sum_lanes(sum));
+                add(isa, &mut sums[t * U + u], isa.part_sums(parts[t][u]), write);
             }
         }
         write = false;

@@ -48,6 +48,9 @@ pub(crate) trait Simd: Copy {
     const BYTE_LOOKUP: bool = false;
     /// Tokens in a tile of the panel product.
     const TILE_TOKENS: usize;
+    /// Whether the panel product multiplies two rows by two tokens at once, with
+    /// [`Simd::dot_pairs`].
+    const PAIRS: bool = false;
 
     /// Runs `f` compiled for this instruction set. Everything `f` calls must be
     /// inlined into it to profit.
@@ -108,6 +111,27 @@ pub(crate) trait Simd: Copy {
             lanes[i % 16] += i32::from(i16::from(w[i]) * i16::from(acts[i] as i8));
         }
         self.add_sums(sums, self.load_sums(&lanes))
+    }
+
+    /// Two vectors of sixteen words: each word of the first before that of the second, in
+    /// the order in which [`Simd::dot_pairs`] takes them.
+    fn interleave_words(self, _words: [Self::Bytes; 2]) -> [Self::Bytes; 2] {
+        unreachable!("only where PAIRS")
+    }
+    /// Adds the products of sixteen rows and two tokens, eight neighbours of each: codes
+    /// from [`Simd::interleave_words`], activations of one token and of the other. Where a
+    /// sum stands is this set's affair, see [`Simd::pair_sums`].
+    fn dot_pairs(
+        self,
+        _sums: [Self::Sums; 2],
+        _codes: [Self::Bytes; 2],
+        _acts: [[i8; 8]; 2],
+    ) -> [Self::Sums; 2] {
+        unreachable!("only where PAIRS")
+    }
+    /// The sums of sixteen rows for one token and for the other.
+    fn pair_sums(self, _sums: [Self::Sums; 2]) -> [Self::Sums; 2] {
+        unreachable!("only where PAIRS")
     }
 
     /// Sixteen zeros.

@@ -50,7 +50,7 @@ fn a_repacked_row_is_the_packed_row() {
     }
     for kernels in Kernels::all() {
         assert!(kernels.reads_well(Layout::P2));
-        let looks_up = ["avx512vbmi", "neon", "neondotprod"].contains(&kernels.name());
+        let looks_up = ["avx512vbmi", "neon", "neondotprod", "neoni8mm"].contains(&kernels.name());
         assert_eq!(kernels.reads_well(Layout::P5), looks_up, "{}", kernels.name());
     }
 }
