@@ -73,7 +73,7 @@ pub struct Trained {
     pub model: PathBuf,
     /// What `bitnet-train --json` wrote.
     pub summary: Value,
-    _folder: tempfile::TempDir,
+    _folder: Option<tempfile::TempDir>,
 }
 
 /// Changes to `configs/tiny.toml` that make a run of the tests: a context that
@@ -112,13 +112,21 @@ pub fn train(data: &Path, run: &Path, steps: u32) -> Command {
     command
 }
 
-/// The small model, trained on first use: prepare → train → export.
+/// The small model, trained on first use: prepare → train → export. Nothing drops it, so
+/// its folder lies beside the test program, where the next run clears it.
 ///
 /// # Panics
 /// If a stage fails.
 pub fn trained() -> &'static Trained {
     static TRAINED: OnceLock<Trained> = OnceLock::new();
-    TRAINED.get_or_init(|| make(&[]))
+    TRAINED.get_or_init(|| {
+        let folder = std::env::current_exe().unwrap().with_extension("trained");
+        if folder.exists() {
+            std::fs::remove_dir_all(&folder).unwrap();
+        }
+        std::fs::create_dir(&folder).unwrap();
+        make_in(&folder, &[])
+    })
 }
 
 /// Prepares, trains with further settings and exports, in a folder of its own.
@@ -128,8 +136,13 @@ pub fn trained() -> &'static Trained {
 #[must_use]
 pub fn make(settings: &[&str]) -> Trained {
     let folder = tempfile::tempdir().unwrap();
-    let (data, run) = (folder.path().join("data"), folder.path().join("run"));
-    let (model, summary) = (folder.path().join("model.gguf"), folder.path().join("train.json"));
+    let trained = make_in(folder.path(), settings);
+    Trained { _folder: Some(folder), ..trained }
+}
+
+fn make_in(folder: &Path, settings: &[&str]) -> Trained {
+    let (data, run) = (folder.join("data"), folder.join("run"));
+    let (model, summary) = (folder.join("model.gguf"), folder.join("train.json"));
     prepare(&data);
     let mut command = train(&data, &run, 60);
     for setting in settings {
@@ -140,5 +153,5 @@ pub fn make(settings: &[&str]) -> Trained {
     let summary = json(&summary);
     let checkpoint = PathBuf::from(summary["checkpoint"].as_str().unwrap());
     let checkpoint = workspace().join(checkpoint);
-    Trained { data, run, checkpoint, model, summary, _folder: folder }
+    Trained { data, run, checkpoint, model, summary, _folder: None }
 }
