@@ -154,7 +154,7 @@ impl Attention<'_> {
     /// Stores the keys and values of the new tokens, then attends to all: one
     /// region for the queries of all caches.
     ///
-    /// `scores` is a buffer of [`Heads::scores_len`] for each part, `out` is
+    /// `scores` are buffers of [`Heads::scores_len`], one a part, `out` is
     /// `[T, H·C]`.
     pub(crate) fn run(&self, caches: &mut [KvCache], scores: &mut [f32], out: &mut [f32]) {
         let mut first = 0;
@@ -182,8 +182,10 @@ impl Attention<'_> {
         // At worst every query reads a key and a value of all positions so far.
         let cached = |p: &Place| self.heads.head_bytes(caches[p.cache].kv_type(), p.position + 1);
         let bytes = self.heads.queries * places.iter().map(cached).sum::<usize>();
-        let item = (Rows(self.q, dim), Scratch(scores, self.heads.scores_len()), RowsMut(out, dim));
-        self.split.rows(bytes, places.len() * self.heads.queries, item, &attend);
+        let width = self.heads.scores_len();
+        let (rows, buffers) = (places.len() * self.heads.queries, scores.len() / width);
+        let item = (Rows(self.q, dim), Scratch(scores, width), RowsMut(out, dim));
+        self.split.rows_with(bytes, rows, buffers, item, &attend);
     }
 }
 

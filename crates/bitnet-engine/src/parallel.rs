@@ -23,6 +23,9 @@ const POOL_BYTES: usize = 1 << 20;
 /// Parts per thread in a region, so that a thread that was held up is helped.
 const PARTS_PER_THREAD: usize = 8;
 
+/// Bytes of all scratch buffers of a region, above which there is one a thread.
+const SCRATCH_BYTES: usize = 16 << 20;
+
 /// Physical cores that this process may use.
 #[must_use]
 pub fn physical_cores() -> usize {
@@ -82,9 +85,11 @@ impl Workers {
         }
     }
 
-    /// Parts that a region has at most: how many scratch buffers it needs.
-    pub(crate) fn max_parts(&self) -> usize {
-        self.threads() * PARTS_PER_THREAD
+    /// Parts that a region with a scratch buffer of `elements` f32 for each has at most:
+    /// fewer than others where the buffers are large, one a thread at least.
+    pub(crate) fn scratch_parts(&self, elements: usize) -> usize {
+        let fit = SCRATCH_BYTES / (4 * elements.max(1));
+        fit.clamp(self.threads(), self.threads() * PARTS_PER_THREAD)
     }
 }
 
@@ -155,6 +160,18 @@ impl Split {
         leaf: &(impl Fn(usize, D) + Sync),
     ) {
         divide(self.parts(bytes), 0, rows, item, leaf);
+    }
+
+    /// The same where `item` has scratch buffers for so many parts.
+    pub(crate) fn rows_with<D: Divide>(
+        self,
+        bytes: usize,
+        rows: usize,
+        buffers: usize,
+        item: D,
+        leaf: &(impl Fn(usize, D) + Sync),
+    ) {
+        divide(self.parts(bytes).min(buffers), 0, rows, item, leaf);
     }
 }
 
@@ -259,10 +276,11 @@ mod tests {
             assert_eq!(workers.threads(), threads);
             for rows in [1, 2, 7, 64] {
                 let mut data = vec![0usize; rows * 3];
-                let mut scratch = vec![0u8; workers.max_parts() * 2];
+                let buffers = workers.scratch_parts(2).min(3);
+                let mut scratch = vec![0u8; buffers * 2];
                 workers.run(usize::MAX, |split| {
                     let item = (RowsMut(&mut data, 3), Scratch(&mut scratch, 2));
-                    split.rows(usize::MAX, rows, item, &|first, (piece, scratch)| {
+                    split.rows_with(usize::MAX, rows, buffers, item, &|first, (piece, scratch)| {
                         assert!(scratch.0.len() >= 2);
                         for (i, row) in piece.iter().enumerate() {
                             row.iter_mut().for_each(|x| *x += first + i + 1);
@@ -273,6 +291,14 @@ mod tests {
                 assert_eq!(data, want);
             }
         }
+    }
+
+    #[test]
+    fn large_scratch_buffers_are_few() {
+        let workers = Workers::new(3).unwrap();
+        assert_eq!(workers.scratch_parts(1), 3 * PARTS_PER_THREAD);
+        assert_eq!(workers.scratch_parts(SCRATCH_BYTES / 4 / 5), 5);
+        assert_eq!(workers.scratch_parts(usize::MAX / 8), 3);
     }
 
     #[test]

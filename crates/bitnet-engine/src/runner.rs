@@ -117,7 +117,8 @@ impl Runner {
     ) {
         self.places.clear();
         self.places.extend(places);
-        let scores = self.heads.scores_len() * self.workers.max_parts();
+        let scores = self.heads.scores_len();
+        let scores = scores * self.workers.scratch_parts(scores);
         let bytes = pass_bytes(&self.model) * tokens.len();
         let (model, kernels, heads) = (&*self.model.0, self.kernels, self.heads);
         let (frequencies, places) = (&self.frequencies[..], &self.places[..]);
