@@ -88,8 +88,14 @@ impl GradientSum {
     pub fn norm(&mut self, host: bool) -> f64 {
         let _span = profile::span("gradient norm");
         if !host {
-            let square = |t: &Tensor<1>| f64::from(t.clone().square().sum().into_scalar::<f32>());
-            return self.tensors.iter().flatten().map(square).sum::<f64>().sqrt();
+            // One reading, which the device is waited for, not one a parameter.
+            let squares = self.tensors.iter().flatten().map(|t| t.clone().square().sum());
+            let squares: Vec<Tensor<1>> = squares.collect();
+            if squares.is_empty() {
+                return 0.0;
+            }
+            let squares = Tensor::cat(squares, 0).into_data();
+            return slice(&squares).iter().copied().map(f64::from).sum::<f64>().sqrt();
         }
         let devices: Vec<Device> = self.tensors.iter().flatten().map(Tensor::device).collect();
         let data: Vec<TensorData> =

@@ -55,7 +55,7 @@ struct Segment {
 
 impl AttentionShape {
     /// Scores are multiplied by `1 / sqrt(C)`.
-    fn scale(&self) -> f32 {
+    pub(super) fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
 
@@ -74,8 +74,14 @@ impl AttentionShape {
         segments
     }
 
+    /// Where in its sequence the segment of every row begins.
+    pub(super) fn starts(&self) -> Vec<i64> {
+        let start = |s: &Segment| std::iter::repeat_n((s.start % self.time) as i64, s.len);
+        self.segments().iter().flat_map(start).collect()
+    }
+
     /// Cosines and sines, each `[T, C/2]`.
-    fn tables(&self) -> Tables {
+    pub(super) fn tables(&self) -> Tables {
         let half = self.head_dim / 2;
         let frequencies = rope::frequencies(self.head_dim, self.rope_theta);
         let mut cos = vec![0.0; self.time * half];
@@ -95,6 +101,10 @@ impl AttentionShape {
 pub fn attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
     let device = q.device();
     if !is_cpu(&device) {
+        #[cfg(any(feature = "wgpu", feature = "cuda"))]
+        if super::gpu::is_gpu(&device) {
+            return super::gpu::attention(q, k, v, shape);
+        }
         return plain(q, k, v, shape);
     }
     let dims = q.dims();
@@ -105,14 +115,12 @@ pub fn attention(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape
 /// The same with tensor operations.
 pub fn plain(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape) -> Tensor<2> {
     let AttentionShape { batch: b, time: t, heads: h, kv_heads, head_dim: c, .. } = shape;
-    // For every row, where its segment begins in its sequence.
-    let starts: Vec<usize> =
-        shape.segments().iter().flat_map(|s| std::iter::repeat_n(s.start % t, s.len)).collect();
+    let starts = shape.starts();
     let device = q.device();
     let group = h / kv_heads;
     let tables = shape.tables();
     let table = |data: &[f32], device: &Device| {
-        let row = |i: usize| &data[(i % t - starts[i]) * (c / 2)..][..c / 2];
+        let row = |i: usize| &data[(i % t - starts[i] as usize) * (c / 2)..][..c / 2];
         let rows: Vec<f32> = (0..b * t).flat_map(row).copied().collect();
         Tensor::<4>::from_data(TensorData::new(rows, [b, 1, t, c / 2]), device)
     };
@@ -134,7 +142,7 @@ pub fn plain(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape) ->
     let v = repeat(heads(v, kv_heads));
     let scores = bf16::matmul(q, k.swap_dims(2, 3), shape.bf16) * shape.scale();
     // A large finite number instead of -inf, which some drivers turn into NaN.
-    let unseen = |row: usize, key: usize| key > row % t || key < starts[row];
+    let unseen = |row: usize, key: usize| key > row % t || (key as i64) < starts[row];
     let hide = |i: usize| if unseen(i / t, i % t) { -1e30 } else { 0.0 };
     let hidden: Vec<f32> = (0..b * t * t).map(hide).collect();
     let mask = Tensor::<4>::from_data(TensorData::new(hidden, [b, 1, t, t]), &device);
@@ -147,9 +155,9 @@ struct Attention {
     shape: AttentionShape,
 }
 
-struct Tables {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
+pub(super) struct Tables {
+    pub(super) cos: Vec<f32>,
+    pub(super) sin: Vec<f32>,
     half: usize,
 }
 

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::attention::{self, AttentionShape, Heads, Qkv, QkvMut};
 use super::cpu::{Buffer, CpuOp, apply, is_cpu, sum_in_order};
+use super::linear::quantized_linears;
 use super::norm::{self, Norm};
 use super::products::{self, Backward, CHUNK, Forward, Input, Weights};
 use super::scratch::Scratch;
@@ -98,9 +99,7 @@ pub fn plain(
     LayerRecipe { linear, output, eps }: LayerRecipe,
 ) -> Tensor<2> {
     let h = rms_norm(x.clone(), weights.norm, eps);
-    let q = quantized_linear(h.clone(), weights.q, linear);
-    let k = quantized_linear(h.clone(), weights.k, linear);
-    let v = quantized_linear(h, weights.v, linear);
+    let [q, k, v] = quantized_linears(h, [weights.q, weights.k, weights.v], linear);
     let mut mixed = attention::attention(q, k, v, shape);
     if let Some(sub_norm) = weights.sub_norm {
         mixed = rms_norm(mixed, sub_norm, eps);

@@ -29,6 +29,11 @@ use super::products::{self, Input, Weights};
 pub fn bit_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
     let device = x.device();
     if !is_cpu(&device) {
+        #[cfg(any(feature = "wgpu", feature = "cuda"))]
+        if super::gpu::is_gpu(&device) && super::gpu::computes(recipe) {
+            let [out] = super::gpu::bit_linears(&x, [weight], recipe);
+            return out;
+        }
         return plain(x, weight, recipe);
     }
     let ([tokens, cols], [rows, _]) = (x.dims(), weight.dims());

@@ -199,10 +199,11 @@ pub(crate) mod testing {
     }
 
     fn run<const N: usize>(
+        device: &Device,
         inputs: &[TensorData; N],
         f: impl Fn([Tensor<2>; N]) -> Tensor<2>,
     ) -> Vec<Vec<f32>> {
-        let device = Device::flex().autodiff();
+        let device = device.clone().autodiff();
         let leaves =
             inputs.clone().map(|data| Tensor::<2>::from_data(data, &device).require_grad());
         let out = f(leaves.clone());
@@ -227,7 +228,18 @@ pub(crate) mod testing {
         plain: impl Fn([Tensor<2>; N]) -> Tensor<2>,
         bound: f32,
     ) {
-        let (fused, plain) = (run(&inputs, fused), run(&inputs, plain));
+        check_gradients_on(&Device::flex(), inputs, fused, plain, bound);
+    }
+
+    /// The same with the fused operation on another device.
+    pub(crate) fn check_gradients_on<const N: usize>(
+        device: &Device,
+        inputs: [TensorData; N],
+        fused: impl Fn([Tensor<2>; N]) -> Tensor<2>,
+        plain: impl Fn([Tensor<2>; N]) -> Tensor<2>,
+        bound: f32,
+    ) {
+        let (fused, plain) = (run(device, &inputs, fused), run(&Device::flex(), &inputs, plain));
         for (i, (a, b)) in fused.iter().zip(&plain).enumerate() {
             let size = b.iter().fold(1e-3f32, |m, v| m.max(v.abs()));
             for (at, (a, b)) in a.iter().zip(b).enumerate() {

@@ -13,6 +13,7 @@ use rayon::prelude::*;
 
 use super::attention_layer::LayerRecipe;
 use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels, sum_in_order};
+use super::linear::quantized_linears;
 use super::norm::{self, Norm};
 use super::products::{self, Backward, CHUNK, Forward, Input, InputMut, WeightGradients, Weights};
 use super::scratch::Scratch;
@@ -76,8 +77,7 @@ pub fn plain(
     LayerRecipe { linear, output, eps }: LayerRecipe,
 ) -> Tensor<2> {
     let h = rms_norm(x.clone(), weights.norm, eps);
-    let gate = quantized_linear(h.clone(), weights.gate, linear);
-    let up = quantized_linear(h, weights.up, linear);
+    let [gate, up] = quantized_linears(h, [weights.gate, weights.up], linear);
     let mut inner = gated(act, gate, up);
     if let Some(sub_norm) = weights.sub_norm {
         inner = rms_norm(inner, sub_norm, eps);

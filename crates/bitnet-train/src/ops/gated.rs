@@ -16,6 +16,10 @@ const CHUNK: usize = 16 * 1024;
 pub fn gated(act: Activation, gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
     let device = gate.device();
     if !is_cpu(&device) {
+        #[cfg(any(feature = "wgpu", feature = "cuda"))]
+        if super::gpu::is_gpu(&device) {
+            return super::gpu::gated(act, gate, up);
+        }
         return plain(act, gate, up);
     }
     let shape = gate.dims();

@@ -127,6 +127,10 @@ pub fn language_loss(
 ) -> Tensor<1> {
     let device = hidden.device();
     if !is_cpu(&device) {
+        #[cfg(any(feature = "wgpu", feature = "cuda"))]
+        if super::gpu::is_gpu(&device) && objective.teacher.is_none() {
+            return super::gpu::language_loss(hidden, weight, targets, objective);
+        }
         return plain_language_loss(hidden, weight, targets, objective);
     }
     let ([_, cols], [vocab, _]) = (hidden.dims(), weight.dims());

@@ -101,6 +101,21 @@ pub fn quantized_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -
     mixed_linear::mixed_linear(x, weight, recipe)
 }
 
+/// Several linear layers of one recipe that read one input, as [`quantized_linear`].
+pub(super) fn quantized_linears<const N: usize>(
+    x: Tensor<2>,
+    weights: [Tensor<2>; N],
+    recipe: LinearRecipe,
+) -> [Tensor<2>; N] {
+    #[cfg(any(feature = "wgpu", feature = "cuda"))]
+    if super::gpu::is_gpu(&x.device()) && super::gpu::computes(recipe) {
+        let x = if recipe.rotate { rotation::rotate(x) } else { x };
+        let x = if recipe.sparsifies() { top_k::sparsify(x, recipe.keep, recipe.blend) } else { x };
+        return super::gpu::bit_linears(&x, weights, recipe);
+    }
+    weights.map(|weight| quantized_linear(x.clone(), weight, recipe))
+}
+
 /// The same with tensor operations.
 pub fn plain(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
     let x = if recipe.rotate { rotation::plain(x) } else { x };

@@ -15,6 +15,8 @@ pub(crate) mod cpu;
 mod embedding;
 mod feed_forward;
 mod gated;
+#[cfg(any(feature = "wgpu", feature = "cuda"))]
+pub(crate) mod gpu;
 mod head;
 mod linear;
 mod mixed_linear;

@@ -13,6 +13,10 @@ use super::products::ROWS;
 pub fn rms_norm(x: Tensor<2>, weight: Tensor<1>, eps: f32) -> Tensor<2> {
     let device = x.device();
     if !is_cpu(&device) {
+        #[cfg(any(feature = "wgpu", feature = "cuda"))]
+        if super::gpu::is_gpu(&device) {
+            return super::gpu::rms_norm(x, weight, eps);
+        }
         return plain(x, weight, eps);
     }
     let shape = x.dims();

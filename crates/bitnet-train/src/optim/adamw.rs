@@ -66,6 +66,13 @@ impl Update {
         moments: &mut Moments,
     ) -> Tensor<1> {
         let Self(step) = self;
+        #[cfg(any(feature = "wgpu", feature = "cuda"))]
+        if crate::ops::gpu::is_gpu(&p.device()) {
+            let old = [moments.first.clone(), moments.second.clone()];
+            let [p, first, second] = crate::ops::gpu::adamw_step(step, p, g, old);
+            (moments.first, moments.second) = (first, second);
+            return p;
+        }
         let g = g.mul_scalar(step.scale);
         let m = moments.first.clone().mul_scalar(step.beta1);
         let m = m.add(g.clone().mul_scalar(1.0 - step.beta1));
