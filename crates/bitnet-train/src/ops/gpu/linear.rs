@@ -198,7 +198,7 @@ fn dequantize(
 ) {
     let mut at = ABSOLUTE_POS;
     while at < elements as usize {
-        sums[at] = sums[at] * (act_scales[at / cols as usize] * weight_scale[0]);
+        sums[at] *= act_scales[at / cols as usize] * weight_scale[0];
         at += CUBE_COUNT * CUBE_DIM as usize;
     }
 }
