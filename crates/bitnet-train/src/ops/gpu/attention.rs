@@ -1,21 +1,27 @@
 //! Causal attention: rotary positions and the way from tokens to heads in one kernel,
-//! scale, mask and softmax in another; the two products are burn's.
+//! scale, mask and softmax in another; the products are burn's.
 //!
-//! The probabilities of a layer are kept for the backward pass, `[B, H, T, T]`.
+//! Kept for the backward pass are queries, keys and values. It computes the probabilities
+//! again, and those of a whole batch never exist.
+
+use std::ops::Range;
 
 use burn::backend::cubecl::dtype_to_storage_type;
-use burn::backend::{Cube, DispatchKindConversion, DispatchTensor};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::{Cube, DispatchKindConversion, DispatchTensor, TensorMetadata};
+use burn::tensor::{Device, Int, Slice, Tensor, TensorData};
 use burn_cubecl::cubecl;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::prelude::*;
 
 use super::reduce::{cube_max, cube_sum, scratch_len};
-use super::{GpuOp, apply, by_element, by_row, count, dims, empty, primitive};
+use super::{GpuOp, apply, by_element, by_row, count, empty, low, matmul, primitive};
 use crate::ops::attention::AttentionShape;
-use crate::ops::bf16;
 use crate::ops::cpu::InnerMost;
+
+/// Probabilities that exist at one time, at least of one sequence: 256 MiB.
+const ROUND: usize = 1 << 26;
 
 /// As [`crate::ops::attention`].
 pub(in crate::ops) fn attention(
@@ -24,22 +30,15 @@ pub(in crate::ops) fn attention(
     v: Tensor<2>,
     shape: AttentionShape,
 ) -> Tensor<2> {
-    let AttentionShape { batch: b, time: t, heads: h, kv_heads, head_dim: c, .. } = shape;
-    let device = q.device();
+    in_rounds([q, k, v], shape, ROUND)
+}
+
+/// The same with at most so many probabilities at one time.
+pub(super) fn in_rounds(qkv: [Tensor<2>; 3], shape: AttentionShape, round: usize) -> Tensor<2> {
+    let device = qkv[0].device();
     let rows = Rows::new(&shape, &device.clone().inner_most());
-    let split = |x: Tensor<2>, n: usize, rotate: bool| -> Tensor<4> {
-        let op = Split { batch: b, time: t, heads: n, head_dim: c, rotate, rows: rows.clone() };
-        let out: Tensor<2> = apply(op, [x.into_dispatch()], device.is_autodiff());
-        out.reshape([b, n, t, c])
-    };
-    // The queries of the heads that share keys lie one after another.
-    let q = split(q, h, true).reshape([b, kv_heads, h / kv_heads * t, c]);
-    let (k, v) = (split(k, kv_heads, true), split(v, kv_heads, false));
-    let scores = bf16::matmul(q, k.swap_dims(2, 3), shape.bf16).reshape([b * h * t, t]);
-    let op = CausalSoftmax { time: t, heads: h, scale: shape.scale(), rows };
-    let weights: Tensor<2> = apply(op, [scores.into_dispatch()], device.is_autodiff());
-    let out = bf16::matmul(weights.reshape([b, kv_heads, h / kv_heads * t, t]), v, shape.bf16);
-    out.reshape([b, h, t, c]).swap_dims(1, 2).reshape([b * t, h * c])
+    let inputs = qkv.map(Tensor::into_dispatch);
+    apply(Attention { shape, rows, round }, inputs, device.is_autodiff())
 }
 
 /// What the rows of a batch are: where in its sequence the part begins that a row may
@@ -69,15 +68,11 @@ impl Rows {
     }
 }
 
-/// Tokens `[B·T, n·C]` to heads `[B·n·T, C]`, rotated.
 #[derive(Debug, Clone)]
-struct Split {
-    batch: usize,
-    time: usize,
-    heads: usize,
-    head_dim: usize,
-    rotate: bool,
+struct Attention {
+    shape: AttentionShape,
     rows: Rows,
+    round: usize,
 }
 
 /// A unit takes the pair of elements that is rotated together. `back`: from heads to
@@ -131,16 +126,28 @@ fn split<I: Numeric>(
     }
 }
 
-impl Split {
-    fn run(&self, x: CubeTensor, back: bool) -> CubeTensor {
-        let (tokens, half) = (self.batch * self.time, self.head_dim / 2);
-        let shape = if back {
-            [tokens, self.heads * self.head_dim]
-        } else {
-            [tokens * self.heads, self.head_dim]
-        };
+impl Attention {
+    /// Tokens `[B·T, n·C]` to heads `[B, n, T, C]`, rotated or not; the queries of heads
+    /// that share keys and values lie one after another, `[B, K, H/K·T, C]`.
+    fn heads(&self, x: CubeTensor, n: usize, rotate: bool) -> CubeTensor {
+        let s = &self.shape;
+        let heads = self.split(x, n, rotate, false);
+        let shape = [s.batch, s.kv_heads, n / s.kv_heads * s.time, s.head_dim];
+        let heads = Cube::float_reshape(heads, shape.into());
+        if s.bf16 { low(heads) } else { heads }
+    }
+
+    /// The way back, rotated the other way or not.
+    fn tokens(&self, heads: CubeTensor, n: usize, rotate: bool) -> CubeTensor {
+        self.split(into_contiguous(heads), n, rotate, true)
+    }
+
+    fn split(&self, x: CubeTensor, n: usize, rotate: bool, back: bool) -> CubeTensor {
+        let AttentionShape { batch, time, head_dim, .. } = self.shape;
+        let (tokens, half) = (batch * time, head_dim / 2);
+        let shape = if back { [tokens, n * head_dim] } else { [tokens * n, head_dim] };
         let out = empty(&x, shape);
-        let pairs = tokens * self.heads * half;
+        let pairs = tokens * n * half;
         let (cubes, dim) = by_element(&x, pairs);
         let Rows { starts, cos, sin } = self.rows.clone();
         let int = dtype_to_storage_type(starts.dtype);
@@ -154,36 +161,82 @@ impl Split {
             starts.into_buffer_arg(),
             out.clone().into_buffer_arg(),
             count(pairs),
-            count(self.time),
-            count(self.heads),
+            count(time),
+            count(n),
             count(half),
-            self.rotate,
+            rotate,
             back,
             int,
         );
         out
     }
-}
 
-impl GpuOp<1> for Split {
-    type Saved = ();
-
-    fn forward(&self, [x]: [CubeTensor; 1], track: bool) -> (CubeTensor, Option<()>) {
-        (self.run(x, false), track.then_some(()))
+    /// Ranges of sequences whose probabilities may exist together.
+    fn rounds(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let AttentionShape { batch, time, heads, .. } = self.shape;
+        let most = (self.round / (heads * time * time)).max(1);
+        (0..batch).step_by(most).map(move |first| first..batch.min(first + most))
     }
 
-    fn backward(&self, (): (), grad: CubeTensor, [wanted]: [bool; 1]) -> [Option<CubeTensor>; 1] {
-        [wanted.then(|| self.run(grad, true))]
+    /// Probabilities of some sequences, `[b, K, H/K·T, T]`, from their queries and keys.
+    fn probabilities(&self, q: CubeTensor, k: CubeTensor, round: &Range<usize>) -> CubeTensor {
+        let AttentionShape { time, heads, bf16, .. } = self.shape;
+        let scores = into_contiguous(matmul(q, Cube::float_swap_dims(k, 2, 3), bf16));
+        let shape = scores.shape();
+        let rows = round.len() * heads * time;
+        let out = empty(&scores, [rows, time]);
+        let (cubes, dim, units) = by_row(&scores, rows, time);
+        let starts = self.rows.starts.clone();
+        let int = dtype_to_storage_type(starts.dtype);
+        softmax::launch(
+            &scores.client.clone(),
+            cubes,
+            dim,
+            scores.into_buffer_arg(),
+            starts.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            count(round.start * time),
+            count(rows),
+            count(time),
+            count(heads),
+            self.shape.scale(),
+            units,
+            int,
+        );
+        Cube::float_reshape(out, shape)
+    }
+
+    /// The gradient of scores from probabilities and their gradient.
+    fn score_gradients(&self, weights: CubeTensor, grad: CubeTensor) -> CubeTensor {
+        let (shape, time) = (weights.shape(), self.shape.time);
+        let (grad, rows) = (into_contiguous(grad), shape.num_elements() / time);
+        let out = empty(&weights, [rows, time]);
+        let (cubes, dim, units) = by_row(&weights, rows, time);
+        softmax_backward::launch(
+            &weights.client.clone(),
+            cubes,
+            dim,
+            weights.into_buffer_arg(),
+            grad.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            count(rows),
+            count(time),
+            self.shape.scale(),
+            units,
+        );
+        Cube::float_reshape(out, shape)
     }
 }
 
-/// Scores `[B·H·T, T]` to probabilities over what a query may see.
-#[derive(Debug, Clone)]
-struct CausalSoftmax {
-    time: usize,
-    heads: usize,
-    scale: f32,
-    rows: Rows,
+/// Some sequences of heads `[B, ..]`.
+fn take(heads: &CubeTensor, round: &Range<usize>) -> CubeTensor {
+    let shape: [usize; 4] = heads.shape().dims();
+    if round.len() == shape[0] {
+        return heads.clone();
+    }
+    let slices = shape.map(|n| Slice::from(0..n));
+    let slices = [Slice::from(round.clone()), slices[1], slices[2], slices[3]];
+    into_contiguous(Cube::float_slice(heads.clone(), &slices))
 }
 
 #[cube(launch)]
@@ -191,6 +244,7 @@ fn softmax<I: Numeric>(
     scores: &[f32],
     starts: &[I],
     out: &mut [f32],
+    first_token: u32,
     rows: u32,
     time: u32,
     heads: u32,
@@ -203,7 +257,7 @@ fn softmax<I: Numeric>(
     while row < rows as usize {
         let time = time as usize;
         let t = row % time;
-        let token = row / (time * heads as usize) * time + t;
+        let token = first_token as usize + row / (time * heads as usize) * time + t;
         let start = u32::cast_from(starts[token]) as usize;
         let first = row * time;
         let mut top = scores[first + t] * scale;
@@ -264,56 +318,50 @@ fn softmax_backward(
     }
 }
 
-impl GpuOp<1> for CausalSoftmax {
-    type Saved = CubeTensor;
+impl GpuOp<3> for Attention {
+    /// Queries and keys, rotated, and values, as heads.
+    type Saved = [CubeTensor; 3];
 
-    fn forward(&self, [scores]: [CubeTensor; 1], track: bool) -> (CubeTensor, Option<CubeTensor>) {
-        let [rows, time] = dims(&scores);
-        let out = empty(&scores, [rows, time]);
-        let (cubes, dim, units) = by_row(&scores, rows, time);
-        let starts = self.rows.starts.clone();
-        let int = dtype_to_storage_type(starts.dtype);
-        softmax::launch(
-            &scores.client.clone(),
-            cubes,
-            dim,
-            scores.into_buffer_arg(),
-            starts.into_buffer_arg(),
-            out.clone().into_buffer_arg(),
-            count(rows),
-            count(self.time),
-            count(self.heads),
-            self.scale,
-            units,
-            int,
-        );
-        (out.clone(), track.then_some(out))
+    fn forward(
+        &self,
+        [q, k, v]: [CubeTensor; 3],
+        track: bool,
+    ) -> (CubeTensor, Option<Self::Saved>) {
+        let AttentionShape { heads, kv_heads, bf16, .. } = self.shape;
+        let q = self.heads(q, heads, true);
+        let (k, v) = (self.heads(k, kv_heads, true), self.heads(v, kv_heads, false));
+        let out = self.rounds().map(|round| {
+            let weights = self.probabilities(take(&q, &round), take(&k, &round), &round);
+            matmul(weights, take(&v, &round), bf16)
+        });
+        let out = self.tokens(Cube::float_cat(out.collect(), 0), heads, false);
+        (out, track.then_some([q, k, v]))
     }
 
     fn backward(
         &self,
-        weights: CubeTensor,
+        [q, k, v]: Self::Saved,
         grad: CubeTensor,
-        [wanted]: [bool; 1],
-    ) -> [Option<CubeTensor>; 1] {
-        let dscores = wanted.then(|| {
-            let [rows, time] = dims(&weights);
-            let out = empty(&weights, [rows, time]);
-            let (cubes, dim, units) = by_row(&weights, rows, time);
-            softmax_backward::launch(
-                &weights.client.clone(),
-                cubes,
-                dim,
-                weights.into_buffer_arg(),
-                grad.into_buffer_arg(),
-                out.clone().into_buffer_arg(),
-                count(rows),
-                count(time),
-                self.scale,
-                units,
-            );
-            out
-        });
-        [dscores]
+        wanted: [bool; 3],
+    ) -> [Option<CubeTensor>; 3] {
+        let AttentionShape { heads, kv_heads, bf16, .. } = self.shape;
+        let turned = |t: CubeTensor| Cube::float_swap_dims(t, 2, 3);
+        let grad = self.heads(grad, heads, false);
+        let (mut dq, mut dk, mut dv) = (Vec::new(), Vec::new(), Vec::new());
+        for round in self.rounds() {
+            let [q, k, v, grad] = [&q, &k, &v, &grad].map(|t| take(t, &round));
+            let weights = self.probabilities(q.clone(), k.clone(), &round);
+            dv.push(matmul(turned(weights.clone()), grad.clone(), bf16));
+            let dweights = matmul(grad, turned(v), bf16);
+            let dscores = self.score_gradients(weights, dweights);
+            dq.push(matmul(dscores.clone(), k, bf16));
+            dk.push(matmul(turned(dscores), q, bf16));
+        }
+        let join = |parts, n, rotate| self.tokens(Cube::float_cat(parts, 0), n, rotate);
+        [
+            wanted[0].then(|| join(dq, heads, true)),
+            wanted[1].then(|| join(dk, kv_heads, true)),
+            wanted[2].then(|| join(dv, kv_heads, false)),
+        ]
     }
 }

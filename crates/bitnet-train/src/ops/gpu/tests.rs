@@ -105,6 +105,14 @@ fn attention_on_wgpu_equals_the_plain_version() {
             |[q, k, v]| plain::attention(q, k, v, shape.clone()),
             1e-5,
         );
+        // One sequence at a time.
+        check_gradients_on(
+            &device,
+            [of(heads, 1), of(kv_heads, 2), of(kv_heads, 3)],
+            |qkv| super::attention::in_rounds(qkv, shape.clone(), 1),
+            |[q, k, v]| plain::attention(q, k, v, shape.clone()),
+            1e-5,
+        );
     }
 }
 
