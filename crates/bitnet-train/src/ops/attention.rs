@@ -134,6 +134,11 @@ pub fn plain(q: Tensor<2>, k: Tensor<2>, v: Tensor<2>, shape: AttentionShape) ->
     };
     let heads = |x: Tensor<2>, n: usize| x.reshape([b, t, n, c]).swap_dims(1, 2);
     let repeat = |x: Tensor<4>| {
+        // burn 0.22.1's gradient of a single repetition is wrong on wgpu where it arrives
+        // transposed, as that of keys does.
+        if group == 1 {
+            return x;
+        }
         let x = x.reshape([b, kv_heads, 1, t, c]).repeat_dim(2, group);
         x.reshape([b, h, t, c])
     };
