@@ -20,7 +20,8 @@ fn device() -> Option<Device> {
 #[test]
 fn rms_norm_on_wgpu_equals_the_plain_version() {
     let Some(device) = device() else { return };
-    for [rows, cols] in [[70, 48], [3, 1000], [300, 1]] {
+    // The last has more rows than a launch has cubes.
+    for [rows, cols] in [[70, 48], [3, 1000], [300, 1], [40_000, 3]] {
         check_gradients_on(
             &device,
             [random([rows, cols], 1.5, 1), random([1, cols], 1.0, 2)],
@@ -34,10 +35,15 @@ fn rms_norm_on_wgpu_equals_the_plain_version() {
 #[test]
 fn gated_on_wgpu_equals_the_plain_version() {
     let Some(device) = device() else { return };
-    for act in [Activation::Relu2, Activation::Silu] {
+    // The last has more elements than a launch has units.
+    for (act, shape) in [
+        (Activation::Relu2, [37, 90]),
+        (Activation::Silu, [37, 90]),
+        (Activation::Relu2, [2900, 3000]),
+    ] {
         check_gradients_on(
             &device,
-            [random([37, 90], 4.0, 1), random([37, 90], 2.0, 2)],
+            [random(shape, 4.0, 1), random(shape, 2.0, 2)],
             |[g, u]| ops::gated(act, g, u),
             |[g, u]| plain::gated(act, g, u),
             2e-6,
