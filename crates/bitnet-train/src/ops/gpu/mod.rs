@@ -160,6 +160,8 @@ const CUBES: usize = 32_768;
 /// How a kernel is launched whose cubes take row after row of `cols` columns: so many
 /// cubes, and a power of two of units that have a few columns each.
 fn by_row(like: &CubeTensor, rows: usize, cols: usize) -> (CubeCount, CubeDim, u32) {
+    // Kernels number elements in 32 bits: more would be read from a wrong place.
+    assert!(u32::try_from(rows * cols).is_ok(), "[{rows}, {cols}] is too much for one launch");
     let wanted = count(cols.div_ceil(4)).next_power_of_two().clamp(32, 256);
     let units = wanted.min(most_units(like));
     (CubeCount::Static(count(rows.clamp(1, CUBES)), 1, 1), CubeDim::new_1d(units), units)
