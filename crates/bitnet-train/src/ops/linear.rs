@@ -88,8 +88,7 @@ impl LinearRecipe {
 /// Straight-through (arXiv:1308.3432): those of the product of what was multiplied,
 /// handed to `x` (rotated back, and also where it was left out) and `weight` unchanged.
 pub fn quantized_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
-    let x = if recipe.rotate { rotation::rotate(x) } else { x };
-    let x = if recipe.sparsifies() { top_k::sparsify(x, recipe.keep, recipe.blend) } else { x };
+    let x = prepared(x, recipe);
     if recipe.is_float() {
         // Nothing of the recipe is left, on the CPU in the order of its products.
         let float = LinearRecipe { bf16: recipe.bf16, ..LinearRecipe::FLOAT };
@@ -101,6 +100,12 @@ pub fn quantized_linear(x: Tensor<2>, weight: Tensor<2>, recipe: LinearRecipe) -
     mixed_linear::mixed_linear(x, weight, recipe)
 }
 
+/// The inputs, rotated and without those that are left out.
+fn prepared(x: Tensor<2>, recipe: LinearRecipe) -> Tensor<2> {
+    let x = if recipe.rotate { rotation::rotate(x) } else { x };
+    if recipe.sparsifies() { top_k::sparsify(x, recipe.keep, recipe.blend) } else { x }
+}
+
 /// Several linear layers of one recipe that read one input, as [`quantized_linear`].
 pub(super) fn quantized_linears<const N: usize>(
     x: Tensor<2>,
@@ -109,9 +114,7 @@ pub(super) fn quantized_linears<const N: usize>(
 ) -> [Tensor<2>; N] {
     #[cfg(any(feature = "wgpu", feature = "cuda"))]
     if super::gpu::is_gpu(&x.device()) && super::gpu::computes(recipe) {
-        let x = if recipe.rotate { rotation::rotate(x) } else { x };
-        let x = if recipe.sparsifies() { top_k::sparsify(x, recipe.keep, recipe.blend) } else { x };
-        return super::gpu::bit_linears(&x, weights, recipe);
+        return super::gpu::bit_linears(&prepared(x, recipe), weights, recipe);
     }
     weights.map(|weight| quantized_linear(x.clone(), weight, recipe))
 }
