@@ -4,16 +4,16 @@
 //!
 //! Medians of interleaved runs (with `--best` the fastest, for a machine that is
 //! busy with other work); limits are measured in the same process.
-//! `cargo bench -p bitnet-kernels -- [gemv|gemm|product|float] [--best]`
+//! `cargo bench -p bitnet-kernels -- [gemv|gemm|product|fixed|float] [--best]`
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use bitnet_core::{Activation, Layout};
 use bitnet_kernels::{
-    AttendQuery, DenseRows, Kernels, KvHead, KvHeadInt8Mut, LineAllocator, MatMut, MatRef,
-    PACK_DEPTH, PackSource, PackedRef, QuantizedTokens, TernaryRows, Unit, attend_scores_len,
-    key_blocks_len, packed_len, store_key,
+    AttendQuery, DIGITS, DenseRows, FIXED_DEPTH, Kernels, KvHead, KvHeadInt8Mut, Line,
+    LineAllocator, MatMut, MatRef, PACK_DEPTH, PackSource, PackedActs, PackedRef, QuantizedTokens,
+    TernaryRows, Unit, attend_scores_len, key_blocks_len, packed_acts_len, packed_len, store_key,
 };
 use half::f16;
 
@@ -38,6 +38,9 @@ fn main() {
     }
     if wanted("product") {
         product();
+    }
+    if wanted("fixed") {
+        fixed();
     }
     if wanted("float") {
         float();
@@ -341,6 +344,130 @@ fn product() {
             .collect();
         let side = if transposed { "Aᵀ" } else { "A " };
         println!("  {side} M {m} N {n} K {k}: peak {peak:.0}, {}", line.join(", "));
+    }
+}
+
+/// The products of a backward pass in fixed point, and as floats, everything that one
+/// operand needs included but the packing that all rows share: GFLOP/s of what they stand for.
+fn fixed() {
+    println!("gradients in fixed point, one thread (GFLOP/s; share of the int8 and f32 peaks)");
+    let kernels = Kernels::all();
+    for (rows, cols, count) in
+        [(96, 256, 2048), (96, 768, 1024), (96, 768, 2048), (96, 2048, 1024), (96, 2560, 2048)]
+    {
+        let g: Vec<f32> = noise(count * rows).iter().map(|&b| f32::from(b as i8) * 0.03).collect();
+        let left = MatRef::new(&g, count, rows, rows).t();
+        let x = tokens(count, cols);
+        let mut out = vec![0.0f32; rows * cols];
+        let mut runs: Vec<Run<'_>> = Vec::new();
+        let (mut int8, mut f32s) = (0.0, 0.0);
+        runs.push((
+            "int8".into(),
+            Box::new(|| int8 = Kernels::detect().int8_peak_probe(100_000) as f64),
+        ));
+        runs.push((
+            "f32".into(),
+            Box::new(|| f32s = Kernels::detect().float_peak_probe(100_000) as f64),
+        ));
+        let out = std::cell::RefCell::new(&mut out);
+        for &k in kernels.iter().filter(|k| ["avx512vbmi", "avx2"].contains(&k.name())) {
+            let mut lines = vec![Line::default(); packed_acts_len(count, cols)];
+            let mut units = vec![Unit::default(); packed_len(count, cols)];
+            let blocks = lines.chunks_mut(packed_acts_len(FIXED_DEPTH, cols)).enumerate();
+            for (i, block) in blocks {
+                let first = i * FIXED_DEPTH;
+                let block_tokens = x.view().tokens(first, count.min(first + FIXED_DEPTH));
+                k.pack_acts(block_tokens, 0, block);
+            }
+            for (i, block) in units.chunks_mut(packed_len(PACK_DEPTH, cols)).enumerate() {
+                let first = i * PACK_DEPTH;
+                let tokens = x.view().tokens(first, count.min(first + PACK_DEPTH));
+                k.pack_block(PackSource::Int8 { tokens, cols }, block);
+            }
+            let (x, out) = (&x, &out);
+            runs.push((
+                format!("weights fixed {}", k.name()),
+                Box::new(move || {
+                    let acts = PackedActs::new(&lines, &x.scales, cols);
+                    let mut out = out.borrow_mut();
+                    k.fixed_product(
+                        black_box(left),
+                        acts,
+                        MatMut::new(&mut out, rows, cols),
+                        false,
+                    );
+                }),
+            ));
+            runs.push((
+                format!("weights float {}", k.name()),
+                Box::new(move || {
+                    let right = PackedRef::new(&units, count, cols);
+                    let mut out = out.borrow_mut();
+                    k.float_product(
+                        black_box(left),
+                        right,
+                        MatMut::new(&mut out, rows, cols),
+                        false,
+                    );
+                }),
+            ));
+            // From a gradient of `cols` to an input of as many, in chunks of a task.
+            let chunk = 128;
+            let own =
+                noise(chunk * cols).iter().map(|&b| f32::from(b as i8) * 0.03).collect::<Vec<_>>();
+            let bytes = packed(Layout::P2, cols * Layout::P2.row_bytes(cols));
+            let mut turned = vec![Unit::default(); packed_len(cols, cols)];
+            for (i, block) in turned.chunks_mut(packed_len(PACK_DEPTH, cols)).enumerate() {
+                let row = Layout::P2.row_bytes(cols);
+                let end = cols.min((i + 1) * PACK_DEPTH);
+                let bytes = &bytes[i * PACK_DEPTH * row..end * row];
+                k.pack_block(PackSource::Ternary { bytes, cols, scale: 0.5 }, block);
+            }
+            let mut digits = QuantizedTokens::default();
+            digits.resize(DIGITS * chunk, cols);
+            let mut dx = vec![0.0f32; chunk * cols];
+            let g = own.clone();
+            runs.push((
+                format!("inputs fixed {}", k.name()),
+                Box::new(move || {
+                    let stride = digits.stride;
+                    for (t, g) in g.chunks_exact(cols).enumerate() {
+                        let all = t * DIGITS..(t + 1) * DIGITS;
+                        let (step, sums) =
+                            k.digits(g, &mut digits.q[all.start * stride..all.end * stride]);
+                        digits.scales[all.clone()].fill(step);
+                        digits.sums[all].copy_from_slice(&sums);
+                    }
+                    let w =
+                        TernaryRows { layout: Layout::P2, cols, weight_scale: 0.5, bytes: &bytes };
+                    k.ternary_matmul_fixed(w, digits.view(), MatMut::new(&mut dx, chunk, cols));
+                    black_box(&dx);
+                }),
+            ));
+            let mut dx = vec![0.0f32; chunk * cols];
+            runs.push((
+                format!("inputs float {}", k.name()),
+                Box::new(move || {
+                    let g = MatRef::new(&own, chunk, cols, cols);
+                    let right = PackedRef::new(&turned, cols, cols);
+                    k.float_product(black_box(g), right, MatMut::new(&mut dx, chunk, cols), false);
+                    black_box(&dx);
+                }),
+            ));
+        }
+        let times = medians(Duration::from_secs(1), &mut runs);
+        let names: Vec<String> = runs.iter().map(|(name, _)| name.clone()).collect();
+        drop(runs);
+        let (int8, f32s) = (int8 / times[0] * 1e-9, f32s / times[1] * 1e-9);
+        println!("  {rows} rows, {cols} columns, {count} tokens: int8 {int8:.0}, f32 {f32s:.0}");
+        for (name, time) in names[2..].iter().zip(&times[2..]) {
+            let operations =
+                if name.starts_with("weights") { rows * count } else { 128 * cols } * cols;
+            let rate = 2.0 * operations as f64 / time * 1e-9;
+            let of_int8 = 100.0 * DIGITS as f64 * rate / int8;
+            let of_f32 = 100.0 * rate / f32s;
+            println!("    {name}: {rate:.0} ({of_int8:.0}% of int8, {of_f32:.0}% of f32)");
+        }
     }
 }
 

@@ -42,6 +42,8 @@ macro_rules! implement {
             // 24 accumulators, 3 vectors of codes and a broadcast: 28 of 32.
             const WIDE: bool = true;
             const TILE_TOKENS: usize = 8;
+            const UNSIGNED_BYTES: bool = true;
+            const FAST_BYTES: bool = true;
 
             $($own)*
 
@@ -110,6 +112,11 @@ macro_rules! implement {
             #[inline(always)]
             fn dot_nibbles(self, sums: __m512i, w: __m512i, acts: __m512i) -> __m512i {
                 op!(self, _mm512_dpbusd_epi32(sums, w, acts))
+            }
+
+            #[inline(always)]
+            fn dot_bytes(self, sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+                op!(self, _mm512_dpbusd_epi32(sums, a, b))
             }
 
             #[inline(always)]

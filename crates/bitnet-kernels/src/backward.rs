@@ -78,6 +78,15 @@ impl Kernels {
         dispatch!(self, _isa => x.iter_mut().for_each(|x| *x *= factor));
     }
 
+    /// `out = x · factor`, elementwise.
+    ///
+    /// # Panics
+    /// If the slices are not of one length.
+    pub fn scaled(self, x: &[f32], factor: f32, out: &mut [f32]) {
+        assert_eq!(x.len(), out.len(), "one length");
+        dispatch!(self, _isa => out.iter_mut().zip(x).for_each(|(out, x)| *out = x * factor));
+    }
+
     /// The backward pass of [`Kernels::rms_norm`] for one token.
     ///
     /// # Shapes

@@ -89,9 +89,23 @@ impl<'a> MatRef<'a> {
         self.cols
     }
 
+    /// Whether the columns of the view are what lies side by side.
+    pub(crate) fn is_transposed(self) -> bool {
+        self.transposed
+    }
+
+    /// Asks for `len` elements of the stored row `row`, which may not exist.
+    #[inline(always)]
+    pub(crate) fn prefetch<S: Simd>(&self, isa: S, row: usize, len: usize) {
+        let row = self.data.as_ptr().wrapping_add(row * self.stride);
+        for line in (0..len).step_by(UNIT) {
+            isa.prefetch(row.wrapping_add(line).cast());
+        }
+    }
+
     /// `len` elements of the stored row `row`, from `from` on.
     #[inline(always)]
-    fn stored(&self, row: usize, from: usize, len: usize) -> &'a [f32] {
+    pub(crate) fn stored(&self, row: usize, from: usize, len: usize) -> &'a [f32] {
         &self.data[row * self.stride + from..][..len]
     }
 }

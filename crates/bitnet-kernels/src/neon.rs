@@ -306,6 +306,17 @@ implement!(Neon {
             op!(self, vpadalq_s16(part[i], vpaddq_s16(low, high)))
         })
     }
+
+    #[inline(always)]
+    fn dot_bytes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
+        array!(4, i => {
+            let a = op!(self, vreinterpretq_s8_u8(a[i]));
+            let b = op!(self, vreinterpretq_s8_u8(b[i]));
+            let low = op!(self, vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b))));
+            let high = op!(self, vpaddlq_s16(vmull_high_s8(a, b)));
+            op!(self, vaddq_s32(sums[i], vpaddq_s32(low, high)))
+        })
+    }
 });
 
 /// The product of the sets that have `sdot`.
@@ -327,6 +338,14 @@ macro_rules! sdot {
                 }
             }
             part
+        }
+
+        const FAST_BYTES: bool = true;
+
+        // Products of signed bytes, whatever they are.
+        #[inline(always)]
+        fn dot_bytes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
+            self.dot(sums, a, b)
         }
     };
 }

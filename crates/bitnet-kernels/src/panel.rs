@@ -35,21 +35,23 @@ struct Scratch {
     sums: [MaybeUninit<[i32; 16]>; TOKENS * MAX_UNITS],
 }
 
-/// See [`crate::product::product`].
+/// See [`crate::product::product`]; a row of the output is made from the sums of `D`
+/// neighbouring tokens.
 #[inline(always)]
-pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
+pub(crate) fn product<S: Simd, C: Codec, O: Copy, const D: usize, F: Fn([i32; D]) -> O>(
     isa: S,
     w: TernaryRows<'_>,
     x: TokensRef<'_>,
     mut out: MatMut<'_, O>,
-    finish: impl Fn(usize, i32) -> O + Copy,
+    finish: impl Fn(usize) -> F,
 ) {
     let mut scratch = Scratch {
         panel: [const { MaybeUninit::uninit() }; PANEL_VECTORS],
         sums: [const { MaybeUninit::uninit() }; TOKENS * MAX_UNITS],
     };
-    // Blocks of nearly one size, whole tiles of tokens each.
-    let at_once = x.len().div_ceil(x.len().div_ceil(TOKENS)).next_multiple_of(8);
+    // Blocks of nearly one size, whole tiles of tokens each, and whole rows of the output.
+    let most = TOKENS / (8 * D) * (8 * D);
+    let at_once = x.len().div_ceil(x.len().div_ceil(most)).next_multiple_of(8 * D);
     for first_token in (0..x.len()).step_by(at_once) {
         let tokens = first_token..x.len().min(first_token + at_once);
         let mut n = 0;
@@ -68,8 +70,10 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
             let part_x = x.tokens(tokens.start, tokens.end);
             // What will be written lies apart, a row of the output for each token.
             let mut ahead = |t: usize| {
-                for line in out.row(tokens.start + t)[n..n + rows].chunks(16) {
-                    isa.prefetch(line.as_ptr().cast());
+                if t.is_multiple_of(D) {
+                    for line in out.row((tokens.start + t) / D)[n..n + rows].chunks(16) {
+                        isa.prefetch(line.as_ptr().cast());
+                    }
                 }
             };
             match units {
@@ -78,13 +82,15 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy>(
                 3 if S::WIDE => panel_sums::<S, C, 3>(isa, part, part_x, &mut scratch, &mut ahead),
                 _ => unreachable!("at most {MAX_UNITS} units"),
             }
-            for t in tokens.clone() {
-                let at = (t - tokens.start) * units;
-                // SAFETY: `panel_sums` has written the sums of every token.
-                let sums = unsafe { init(&scratch.sums[at..at + units]) }.as_flattened();
-                let out = &mut out.row(t)[n..n + rows];
-                for (out, &sum) in out.iter_mut().zip(sums) {
-                    *out = finish(t, sum);
+            for t in tokens.clone().step_by(D) {
+                let sums: [&[i32]; D] = array!(D, d => {
+                    let at = (t + d - tokens.start) * units;
+                    // SAFETY: `panel_sums` has written the sums of every token.
+                    &unsafe { init(&scratch.sums[at..at + units]) }.as_flattened()[..rows]
+                });
+                let (out, finish) = (&mut out.row(t / D)[n..n + rows], finish(t / D));
+                for (i, out) in out.iter_mut().enumerate() {
+                    *out = finish(array!(D, d => sums[d][i]));
                 }
             }
             n += rows;

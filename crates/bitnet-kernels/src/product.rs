@@ -101,7 +101,17 @@ fn product_of<S: Simd, C: Codec, O: Copy>(
     finish: impl Fn(usize, i32) -> O + Copy,
 ) {
     if x.len() >= if S::WIDE { WIDE_PANEL_TOKENS } else { PANEL_TOKENS } {
-        panel::product::<S, C, O>(isa, w, x, out, finish);
+        panel::product::<S, C, O, 1, _>(
+            isa,
+            w,
+            x,
+            out,
+            #[inline(always)]
+            |t| {
+                #[inline(always)]
+                move |[sum]| finish(t, sum)
+            },
+        );
     } else {
         rows::product::<S, C, O>(isa, w, x, out, finish);
     }

@@ -113,6 +113,24 @@ pub(crate) trait Simd: Copy {
         self.add_sums(sums, self.load_sums(&lanes))
     }
 
+    /// Whether [`Simd::dot_bytes`] takes its first bytes as unsigned ones; otherwise all are
+    /// signed.
+    const UNSIGNED_BYTES: bool = false;
+    /// Whether [`Simd::dot_bytes`] multiplies four times as many numbers as [`Simd::fma`].
+    const FAST_BYTES: bool = false;
+
+    /// `sums[i] += Σ a[4i + j] · b[4i + j]`, j < 4, of any bytes.
+    #[inline(always)]
+    fn dot_bytes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
+        let (a, b) = (self.bytes(a), self.bytes(b));
+        let mut lanes = [0i32; 16];
+        for i in 0..64 {
+            let left = if Self::UNSIGNED_BYTES { i32::from(a[i]) } else { i32::from(a[i] as i8) };
+            lanes[i / 4] += left * i32::from(b[i] as i8);
+        }
+        self.add_sums(sums, self.load_sums(&lanes))
+    }
+
     /// Two vectors of sixteen words: each word of the first before that of the second, in
     /// the order in which [`Simd::dot_pairs`] takes them.
     fn interleave_words(self, _words: [Self::Bytes; 2]) -> [Self::Bytes; 2] {

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::device::DeviceChoice;
 use crate::model::Transformer;
-use crate::ops::LinearRecipe;
+use crate::ops::cpu::kernels;
+use crate::ops::{Gradients, LinearRecipe};
 
 /// The `[quantization]` table: shares of the run's steps. Its default quantises
 /// from the first step on.
@@ -24,10 +25,38 @@ pub struct StageConfig {
     /// Until then activations that end with 4 bits have 8, and none is left out by top-K
     /// (arXiv:2411.04965).
     pub int8_until: f64,
+    /// What the gradients of integer products are computed with. On the CPU.
+    pub gradients: GradientProducts,
     /// Whether the gradients of the linear layers' inputs are integer products too,
     /// of gradients quantised to int8 per token (SwitchBack, arXiv:2304.13013): faster,
     /// and no longer the exact gradients. On the CPU.
     pub int8_backward: bool,
+}
+
+/// The choice between two ways to compute the same gradients; see [`Gradients`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GradientProducts {
+    /// The faster one on this machine. Where runs on different machines are to give the
+    /// same bits, one of the others.
+    #[default]
+    Auto,
+    /// Floats.
+    Float,
+    /// Integers of 24 bits.
+    Fixed,
+}
+
+impl GradientProducts {
+    /// The way that is taken on this machine.
+    #[must_use]
+    pub fn chosen(self) -> Gradients {
+        match self {
+            Self::Auto if kernels().prefers_fixed_point() => Gradients::Fixed,
+            Self::Auto | Self::Float => Gradients::Float,
+            Self::Fixed => Gradients::Fixed,
+        }
+    }
 }
 
 /// What holds at one step.
@@ -37,22 +66,22 @@ pub struct Stage {
     pub blend: f32,
     /// Whether activations have 8 bits and all are kept, whatever the recipe says.
     pub int8: bool,
-    /// See [`LinearRecipe::int8_backward`].
-    pub int8_backward: bool,
+    /// See [`LinearRecipe::gradients`].
+    pub gradients: Gradients,
     /// See [`LinearRecipe::bf16`].
     pub bf16: bool,
 }
 
 impl Stage {
     /// The finished model.
-    pub const FINAL: Self = Self { blend: 1.0, int8: false, int8_backward: false, bf16: false };
+    pub const FINAL: Self =
+        Self { blend: 1.0, int8: false, gradients: Gradients::Float, bf16: false };
 
     /// The recipe of a linear layer in this stage.
     #[must_use]
     pub fn recipe(self, config: &ModelConfig, linear: Linear) -> LinearRecipe {
-        let Self { blend, int8_backward, bf16, .. } = self;
-        let recipe =
-            LinearRecipe { blend, int8_backward, bf16, ..LinearRecipe::new(config, linear) };
+        let Self { blend, gradients, bf16, .. } = self;
+        let recipe = LinearRecipe { blend, gradients, bf16, ..LinearRecipe::new(config, linear) };
         let narrow = [ActivationQuantizer::Int4, ActivationQuantizer::Int4Absmean];
         if !self.int8 {
             return recipe;
@@ -87,8 +116,9 @@ impl StageConfig {
         } else {
             1.0
         };
-        let (int8, int8_backward) = (step < share(self.int8_until), self.int8_backward);
-        Stage { blend, int8, int8_backward, bf16: false }
+        let int8 = step < share(self.int8_until);
+        let gradients = if self.int8_backward { Gradients::Int8 } else { self.gradients.chosen() };
+        Stage { blend, int8, gradients, bf16: false }
     }
 
     /// Checks the table against the model.
@@ -121,8 +151,15 @@ impl StageConfig {
             return Err(TrainError::value("quantization.int8_until", self.int8_until, reason));
         }
         let all_integer = Linear::ALL.iter().all(|&l| LinearRecipe::new(model, l).is_integer());
+        let reason = "needs weights of one scale and int8 activations in all linear layers";
         if self.int8_backward && !all_integer {
-            let reason = "needs weights of one scale and int8 activations in all linear layers";
+            return Err(TrainError::value("quantization.int8_backward", true, reason));
+        }
+        if self.gradients == GradientProducts::Fixed && !all_integer {
+            return Err(TrainError::value("quantization.gradients", "fixed", reason));
+        }
+        if self.int8_backward && self.gradients == GradientProducts::Float {
+            let reason = "contradicts quantization.gradients = float";
             return Err(TrainError::value("quantization.int8_backward", true, reason));
         }
         Ok(())
@@ -137,6 +174,10 @@ impl StageConfig {
             let reason = format!("is for --device cpu, not {device}");
             return Err(TrainError::value("quantization.int8_backward", true, reason));
         }
+        if self.gradients == GradientProducts::Fixed && device != DeviceChoice::Cpu {
+            let reason = format!("is for --device cpu, not {device}");
+            return Err(TrainError::value("quantization.gradients", "fixed", reason));
+        }
         Ok(())
     }
 }
@@ -148,14 +189,17 @@ mod tests {
     #[test]
     fn the_default_is_the_finished_model_throughout() {
         for step in [0, 1, 99, 100] {
-            assert_eq!(StageConfig::default().at(step, 100), Stage::FINAL);
+            let gradients = GradientProducts::Auto.chosen();
+            let gradients = if step < 100 { gradients } else { Gradients::Float };
+            let want = Stage { gradients, ..Stage::FINAL };
+            assert_eq!(StageConfig::default().at(step, 100), want);
         }
     }
 
     #[test]
     fn float_then_blend_then_ternary() {
         let stages =
-            StageConfig { float_until: 0.4, blend: 0.3, int8_until: 0.9, int8_backward: false };
+            StageConfig { float_until: 0.4, blend: 0.3, int8_until: 0.9, ..StageConfig::default() };
         let blend: Vec<f32> = (0..11).map(|s| stages.at(s, 10).blend).collect();
         assert_eq!(blend, [0.0, 0.0, 0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]);
         let int8: Vec<bool> = (0..11).map(|s| stages.at(s, 10).int8).collect();
@@ -177,7 +221,7 @@ mod tests {
             float_until,
             blend,
             int8_until,
-            int8_backward: false,
+            ..StageConfig::default()
         };
         stages(0.0, 0.0, 0.5).validate(&four).unwrap();
         stages(0.5, 0.5, 0.0).validate(&tiny).unwrap();

@@ -198,7 +198,8 @@ impl<const N: usize> CpuOp<N> for AttentionLayer {
         let ((q_width, kv_width), eps) = (self.widths(), self.recipe.eps);
         let tokens = grad.len() / self.hidden;
         let dmixed = products::backward_input(grad, &[&s.o_weights], self.recipe.output);
-        let mut do_weight = products::backward_weights(grad, &s.o_input, &[&s.o_weights]);
+        let mut do_weight =
+            products::backward_weights(grad, &s.o_input, &[&s.o_weights], self.recipe.output);
         let (dmixed, dsub) = match &s.mixed {
             None => (dmixed, None),
             Some((mixed, weight)) => {
@@ -212,7 +213,7 @@ impl<const N: usize> CpuOp<N> for AttentionLayer {
         let (k, v) = rest.split_cols(kv_width);
         attention::backward(&self.shape, self.qkv(&s.qkv), &dmixed, QkvMut { q, k, v });
         let weights = s.qkv_weights.each_ref();
-        let dweights = products::backward_weights(&dqkv, &s.h, &weights);
+        let dweights = products::backward_weights(&dqkv, &s.h, &weights, self.recipe.linear);
         let span = profile::span("input gradients");
         let (back, own) = (Backward::new(&weights, self.recipe.linear), CHUNK * self.hidden);
         let mut dx = Scratch::any(grad.len());

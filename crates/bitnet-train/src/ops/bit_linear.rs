@@ -139,7 +139,8 @@ impl CpuOp<2> for BitLinear {
         [want_x, want_weight]: [bool; 2],
     ) -> [Option<Vec<f32>>; 2] {
         let dx = want_x.then(|| products::backward_input(grad, &[weight], self.recipe).into_vec());
-        let dweight = want_weight.then(|| products::backward_weights(grad, x, &[weight]));
+        let dweight =
+            want_weight.then(|| products::backward_weights(grad, x, &[weight], self.recipe));
         [dx, dweight.and_then(|mut d| d.pop())]
     }
 }

@@ -328,12 +328,14 @@ impl<const N: usize> CpuOp<N> for FeedForward {
                     grad: &inner_grad,
                     x: s.h.tokens(hidden, range.clone()),
                     weights: &gate_up,
+                    recipe: linear,
                     out: &mut dgate_up,
                 },
                 WeightGradients {
                     grad,
                     x: s.inner.tokens(width, range),
                     weights: &down,
+                    recipe: output,
                     out: &mut ddown,
                 },
             ];

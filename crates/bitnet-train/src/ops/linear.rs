@@ -25,11 +25,24 @@ pub struct LinearRecipe {
     /// and the same for the inputs. 1 is the recipe, 0 its float form; between
     /// them lies the way from a float model to a ternary one (arXiv:2502.11895).
     pub blend: f32,
-    /// Whether the gradient of the inputs is an integer product too, of gradients
-    /// quantised to int8 per token (SwitchBack, arXiv:2304.13013). On the CPU.
-    pub int8_backward: bool,
+    /// What the gradients of an integer product are computed with, on the CPU.
+    pub gradients: Gradients,
     /// Whether products of floats, gradients among them, are in bf16. On GPUs.
     pub bf16: bool,
+}
+
+/// What the products of the backward pass are computed with, where those of the forward
+/// pass are integer ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gradients {
+    /// Floats: chains of fused multiply-adds.
+    Float,
+    /// Integers of 24 bits ([`bitnet_kernels::DIGITS`] digits): as exact, and faster where
+    /// an instruction multiplies four times as many bytes as floats.
+    Fixed,
+    /// Those of the inputs with int8 (SwitchBack, arXiv:2304.13013), those of the weights
+    /// as `Fixed`.
+    Int8,
 }
 
 impl LinearRecipe {
@@ -40,7 +53,7 @@ impl LinearRecipe {
         rotate: false,
         keep: 1.0,
         blend: 1.0,
-        int8_backward: false,
+        gradients: Gradients::Float,
         bf16: false,
     };
 
@@ -53,7 +66,7 @@ impl LinearRecipe {
             rotate: config.rotates(linear),
             keep: config.keeps(linear),
             blend: 1.0,
-            int8_backward: false,
+            gradients: Gradients::Float,
             bf16: false,
         }
     }

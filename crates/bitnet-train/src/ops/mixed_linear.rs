@@ -212,6 +212,7 @@ mod tests {
     use bitnet_core::quantizer::Granularity;
     use burn::tensor::Device;
 
+    use crate::ops::Gradients;
     use crate::ops::cpu::testing::{check_gradients, random, to_vec};
 
     fn recipes() -> Vec<LinearRecipe> {
@@ -229,14 +230,13 @@ mod tests {
                         let weights = WeightScheme { quantizer, statistic, granularity };
                         let blend = if all.len() % 3 == 0 { 0.25 } else { 1.0 };
                         let rotate = false;
-                        let int8_backward = false;
                         all.push(LinearRecipe {
                             weights,
                             activations,
                             rotate,
                             keep: 1.0,
                             blend,
-                            int8_backward,
+                            gradients: Gradients::Float,
                             bf16: false,
                         });
                     }

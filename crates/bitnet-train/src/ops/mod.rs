@@ -34,7 +34,7 @@ pub use embedding::{embed, round_to};
 pub use feed_forward::{FeedForwardWeights, feed_forward};
 pub use gated::gated;
 pub use head::{Objective, SoftTargets, cross_entropy, language_loss, logits};
-pub use linear::{LinearRecipe, linear, quantized_linear};
+pub use linear::{Gradients, LinearRecipe, linear, quantized_linear};
 pub use rms_norm::rms_norm;
 pub use scratch::release;
 

@@ -9,13 +9,13 @@ use std::ops::Range;
 use bitnet_core::ternary::{self, inv_weight_scale};
 use bitnet_core::{Layout, WeightScheme};
 use bitnet_kernels::{
-    MatMut, MatRef, PACK_DEPTH, PackSource, PackedRef, QuantizedTokens, TernaryRows, TokensRef,
-    Unit, packed_len,
+    DIGITS, FIXED_DEPTH, Line, MatMut, MatRef, PACK_DEPTH, PackSource, PackedActs, PackedRef,
+    QuantizedTokens, TernaryRows, TokensRef, Unit, packed_acts_len, packed_len,
 };
 use rayon::prelude::*;
 
 use super::cpu::{Buffer, kernels};
-use super::linear::LinearRecipe;
+use super::linear::{Gradients, LinearRecipe};
 use super::scratch::{self, Scratch};
 use crate::profile;
 
@@ -379,18 +379,26 @@ pub(super) struct Backward<'a> {
 enum BackwardKind {
     /// The weights as right operands.
     Float(Vec<Packed>),
-    /// The weights turned, `[K, ΣN]`, packed: SwitchBack (arXiv:2304.13013).
-    Int8(Scratch<u8>),
+    /// The weights turned, `[K, ΣN]`, packed.
+    Integer {
+        turned: Scratch<u8>,
+        /// How often a token's gradient is there: once, as int8 (SwitchBack,
+        /// arXiv:2304.13013), or as its digits.
+        digits: usize,
+    },
 }
 
 impl<'a> Backward<'a> {
     pub(super) fn new(weights: &'a [&'a Weights], recipe: LinearRecipe) -> Self {
         let (cols, width) = (weights[0].cols, weights.iter().map(|w| w.rows).sum());
-        let kind = if recipe.int8_backward && !recipe.is_float() {
-            BackwardKind::Int8(turn(weights, width))
-        } else {
-            let sources: Vec<Packing<'_>> = weights.iter().map(|w| w.packing()).collect();
-            BackwardKind::Float(Packed::all(&sources))
+        let integer = |digits| BackwardKind::Integer { turned: turn(weights, width), digits };
+        let kind = match recipe.gradients {
+            Gradients::Fixed if !recipe.is_float() => integer(DIGITS),
+            Gradients::Int8 if !recipe.is_float() => integer(1),
+            _ => {
+                let sources: Vec<Packing<'_>> = weights.iter().map(|w| w.packing()).collect();
+                BackwardKind::Float(Packed::all(&sources))
+            }
         };
         Self { weights, kind, cols, width }
     }
@@ -408,31 +416,43 @@ impl<'a> Backward<'a> {
                     first += packed.rows;
                 }
             }
-            BackwardKind::Int8(turned) => self.chunk_int8(turned, grad, out),
+            BackwardKind::Integer { turned, digits } => {
+                self.chunk_integer(turned, *digits, grad, out);
+            }
         }
     }
 
-    /// The same with the gradient quantised per token to int8. The scales of the
-    /// weights are multiplied in first, so that one scale serves all layers.
-    fn chunk_int8(&self, turned: &[u8], grad: &[f32], out: &mut [f32]) {
+    /// The same with the gradient of every token as integers. The scales of the weights
+    /// are multiplied in first, so that one scale serves all layers.
+    fn chunk_integer(&self, turned: &[u8], digits: usize, grad: &[f32], out: &mut [f32]) {
         let (tokens, width) = (out.len() / self.cols, self.width);
-        let mut q = Input::any(tokens, width, true);
-        for chunk in &mut q.chunks_mut(width, tokens) {
-            chunk.fill(width, |t, q, scaled| {
-                scaled.copy_from_slice(&grad[t * width..][..width]);
-                let mut rest = &mut scaled[..];
-                for w in self.weights {
-                    let (own, right) = rest.split_at_mut(w.rows);
-                    kernels().scale(own, w.ternary().weight_scale);
-                    rest = right;
-                }
-                q.map_or((0.0, 0), |q| kernels().quantize_gradient(scaled, q))
-            });
+        let mut x = Input::any(tokens * digits, width, true);
+        let Input::Int8(all) = &mut x else { unreachable!("the input is int8") };
+        let mut scaled = Scratch::any(width);
+        for (t, grad) in grad.chunks_exact(width).enumerate() {
+            let (mut from, mut to) = (grad, &mut scaled[..]);
+            for w in self.weights {
+                let (own, right) = from.split_at(w.rows);
+                let (own_to, right_to) = to.split_at_mut(w.rows);
+                kernels().scaled(own, w.ternary().weight_scale, own_to);
+                (from, to) = (right, right_to);
+            }
+            let rows = t * digits..(t + 1) * digits;
+            let q = &mut all.q[rows.start * all.stride..rows.end * all.stride];
+            if digits == 1 {
+                (all.scales[t], all.sums[t]) = kernels().quantize_gradient(&scaled, q);
+            } else {
+                let (step, sums) = kernels().digits(&scaled, q);
+                all.scales[rows.clone()].fill(step);
+                all.sums[rows].copy_from_slice(&sums);
+            }
         }
-        let bytes = turned;
-        let rows = TernaryRows { layout: LAYOUT, cols: width, weight_scale: 1.0, bytes };
-        if let InputRef::Int8(q) = q.tokens(width, 0..tokens) {
-            kernels().ternary_matmul(rows, q, MatMut::new(out, tokens, self.cols));
+        let rows = TernaryRows { layout: LAYOUT, cols: width, weight_scale: 1.0, bytes: turned };
+        let out = MatMut::new(out, tokens, self.cols);
+        if digits == 1 {
+            kernels().ternary_matmul(rows, all.view(), out);
+        } else {
+            kernels().ternary_matmul_fixed(rows, all.view(), out);
         }
     }
 }
@@ -485,11 +505,16 @@ pub(super) fn gradients_of(weights: &[&Weights]) -> Vec<Vec<f32>> {
 }
 
 /// The gradients of the layers' weights, `[N, K]` each.
-pub(super) fn backward_weights(grad: &[f32], x: &Input, weights: &[&Weights]) -> Vec<Vec<f32>> {
+pub(super) fn backward_weights(
+    grad: &[f32],
+    x: &Input,
+    weights: &[&Weights],
+    recipe: LinearRecipe,
+) -> Vec<Vec<f32>> {
     let mut out = gradients_of(weights);
     let cols = weights[0].cols;
     let x = x.tokens(cols, 0..x.len(cols));
-    add_weight_gradients([WeightGradients { grad, x, weights, out: &mut out }], false);
+    add_weight_gradients([WeightGradients { grad, x, weights, recipe, out: &mut out }], false);
     out
 }
 
@@ -500,18 +525,73 @@ pub(super) struct WeightGradients<'a> {
     /// Their input.
     pub(super) x: InputRef<'a>,
     pub(super) weights: &'a [&'a Weights],
+    pub(super) recipe: LinearRecipe,
     /// Where it goes, `[N, K]` each.
     pub(super) out: &'a mut [Vec<f32>],
+}
+
+/// The input of layers as the right operand of their weights' gradient.
+enum Right<'a> {
+    Float(Packed),
+    Fixed { lines: Scratch<Line>, tokens: TokensRef<'a>, cols: usize },
+}
+
+impl<'a> Right<'a> {
+    /// Packs the inputs of some layers, each with its columns and recipe.
+    fn all<const J: usize>(inputs: [(InputRef<'a>, usize, LinearRecipe); J]) -> Vec<Self> {
+        let is_fixed = |recipe: LinearRecipe| recipe.gradients != Gradients::Float;
+        let sources: Vec<Packing<'_>> = inputs
+            .iter()
+            .filter(|(x, _, recipe)| !(matches!(x, InputRef::Int8(_)) && is_fixed(*recipe)))
+            .map(|(x, cols, _)| x.packing(*cols))
+            .collect();
+        let mut floats = Packed::all(&sources).into_iter();
+        let mut all: Vec<Self> = inputs
+            .iter()
+            .filter_map(|&(x, cols, recipe)| match x {
+                InputRef::Int8(tokens) if is_fixed(recipe) => {
+                    let lines = Scratch::any(packed_acts_len(tokens.len(), cols));
+                    Some(Self::Fixed { lines, tokens, cols })
+                }
+                _ => floats.next().map(Self::Float),
+            })
+            .collect();
+        /// Columns of a task: two panels.
+        const COLS: usize = 64;
+        let mut tasks = Vec::new();
+        for right in &mut all {
+            let Self::Fixed { lines, tokens, cols } = right else { continue };
+            let blocks = lines.chunks_mut(packed_acts_len(FIXED_DEPTH, *cols));
+            for (i, block) in blocks.enumerate() {
+                let end = tokens.len().min((i + 1) * FIXED_DEPTH);
+                let tokens = tokens.tokens(i * FIXED_DEPTH, end);
+                let parts = block.chunks_mut(packed_acts_len(tokens.len(), COLS));
+                tasks.extend(parts.enumerate().map(|(part, out)| (tokens, part * COLS, out)));
+            }
+        }
+        tasks.into_par_iter().for_each(|(tokens, col, out)| kernels().pack_acts(tokens, col, out));
+        all
+    }
+
+    /// `out = gᵀ · self`, or that added to `out`. One thread.
+    fn product(&self, grad: MatRef<'_>, out: MatMut<'_, f32>, add: bool) {
+        match self {
+            Self::Float(packed) => kernels().float_product(grad, packed.view(), out, add),
+            Self::Fixed { lines, tokens, cols } => {
+                let acts = PackedActs::new(lines, tokens.scales, *cols);
+                kernels().fixed_product(grad, acts, out, add);
+            }
+        }
+    }
 }
 
 /// Writes, or where `add` adds, what some tokens give to weights' gradients.
 pub(super) fn add_weight_gradients<const J: usize>(jobs: [WeightGradients<'_>; J], add: bool) {
     let _span = profile::span("weight gradients");
-    let inputs = jobs.each_ref().map(|job| (job.x, job.weights[0].cols));
-    let sources = inputs.each_ref().map(|(x, cols)| x.packing(*cols));
-    let packed = Packed::all(&sources);
+    let inputs = jobs.each_ref().map(|job| (job.x, job.weights[0].cols, job.recipe));
+    let rights = Right::all(inputs);
     let mut tasks = Vec::new();
-    for (job, packed) in jobs.into_iter().zip(&packed) {
+    for (job, right) in jobs.into_iter().zip(&rights) {
         let cols = job.weights[0].cols;
         let width: usize = job.weights.iter().map(|w| w.rows).sum();
         let tokens = job.grad.len() / width;
@@ -523,13 +603,13 @@ pub(super) fn add_weight_gradients<const J: usize>(jobs: [WeightGradients<'_>; J
             tasks.extend(out.chunks_mut(rows * cols).enumerate().map(|(i, out)| {
                 let count = out.len() / cols;
                 let own = own.t().slice_rows(i * rows, i * rows + count);
-                (own, packed, MatMut::new(out, count, cols))
+                (own, right, MatMut::new(out, count, cols))
             }));
             first += w.rows;
         }
     }
-    tasks.into_par_iter().with_max_len(1).for_each(|(grad, packed, out)| {
-        kernels().float_product(grad, packed.view(), out, add);
+    tasks.into_par_iter().with_max_len(1).for_each(|(grad, right, out)| {
+        right.product(grad, out, add);
     });
 }
 
@@ -633,7 +713,7 @@ mod tests {
     fn int8_gradients_of_inputs_are_near_the_exact_ones() {
         let (tokens, cols, rows) = (5, 300, [70, 33]);
         let exact = recipes()[0];
-        let int8 = LinearRecipe { int8_backward: true, ..exact };
+        let int8 = LinearRecipe { gradients: Gradients::Int8, ..exact };
         let masters = [0, 1].map(|i| {
             let data = random([rows[i], cols], 0.05 * (1 + i) as f32, 3 + i as u64);
             data.try_to_vec::<f32>().unwrap()
@@ -672,7 +752,7 @@ pub(super) mod testing {
     use bitnet_core::quantizer::{Granularity, ScaleStatistic};
     use bitnet_core::{ActivationQuantizer, WeightQuantizer, WeightScheme};
 
-    use crate::ops::LinearRecipe;
+    use crate::ops::{Gradients, LinearRecipe};
 
     /// Ternary, binary and float.
     pub(crate) fn recipes() -> Vec<LinearRecipe> {
@@ -686,7 +766,7 @@ pub(super) mod testing {
             rotate: false,
             keep: 1.0,
             blend: 1.0,
-            int8_backward: false,
+            gradients: Gradients::Float,
             bf16: false,
         };
         vec![

@@ -7,7 +7,7 @@ use std::mem;
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
 
-use bitnet_kernels::Unit;
+use bitnet_kernels::{Line, Unit};
 use rayon::prelude::*;
 
 /// Shorter buffers are left to the allocator.
@@ -33,7 +33,7 @@ macro_rules! element {
         }
     )*};
 }
-element!(f32, u8, i8, Unit);
+element!(f32, u8, i8, Unit, Line);
 
 /// A vector of fixed length, which waits to be used again when it is dropped.
 #[derive(Debug)]
@@ -107,6 +107,7 @@ pub fn release() {
     clear::<u8>();
     clear::<i8>();
     clear::<Unit>();
+    clear::<Line>();
 }
 
 #[cfg(test)]

@@ -1,0 +1,532 @@
+//! The products of a linear layer's backward pass in fixed point.
+//!
+//! One side of such a product is integers: ternary weights, or int8 activations. The
+//! other, the gradient, is rounded to integers of 24 bits, `v = round(g / step)` with
+//! `step = absmax / (127 · 2^16)`, and written with [`DIGITS`] signed digits of 8 bits:
+//! `v = d0 + 2^8 · d1 + 2^16 · d2`. A product of digits and int8 is a sum of int32, exact
+//! in any order. The sums of the two low digits are joined as integers, and these with
+//! that of the third as f32, one rounding each.
+//!
+//! `absmax` is that of the terms which an element of the product adds up, so that an element
+//! is off by at most half a step times the magnitudes that it meets, beside the roundings of
+//! `g / step` and of the joined sums to f32: normwise what a chain of f32 additions loses. Three products of
+//! bytes take less time than one of floats wherever an instruction multiplies four times
+//! as many bytes as floats.
+//!
+//! A gradient that is infinite or not a number makes all that it has a part in NaN; where
+//! `absmax` is less than 2^-100 the terms count as zeros.
+
+use std::mem::MaybeUninit;
+
+use bitnet_core::Layout;
+
+use crate::float_product::MatRef;
+use crate::isa::{Kernels, dispatch};
+use crate::mat::MatMut;
+use crate::panel;
+use crate::product::P2;
+use crate::simd::{Simd, array};
+use crate::ternary::{TernaryRows, TokensRef};
+
+/// Digits of a gradient.
+pub const DIGITS: usize = 3;
+
+/// Tokens whose products are added as integers. Their activations of one panel and the
+/// gradients of one strip lie in the nearest cache.
+pub const FIXED_DEPTH: usize = 512;
+
+/// Tokens in a group: neighbouring bytes of one lane.
+const GROUP: usize = 4;
+
+/// Groups in a block.
+const GROUPS: usize = FIXED_DEPTH / GROUP;
+
+/// Columns in a vector.
+const UNIT: usize = 16;
+
+/// Vectors in a panel.
+const PANEL: usize = 2;
+
+/// Rows of the output in a strip.
+const STRIP: usize = 4;
+
+/// Rows of the output whose gradients are rounded together.
+const BLOCK_ROWS: usize = 96;
+
+/// Tokens ahead for which gradients are asked.
+const AHEAD: usize = 8;
+
+/// What `absmax` becomes.
+const LARGEST: f32 = (127 << 16) as f32;
+
+/// Smaller gradients are zero: their step would be no normal float.
+const SMALLEST: f32 = f32::from_bits((127 - 100) << 23);
+
+/// What makes the digits unsigned: 128 each.
+const UNSIGNED: i32 = 0x80_8080;
+
+/// One cache line of packed activations: four tokens of sixteen columns.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Line([u8; 64]);
+
+impl Default for Line {
+    fn default() -> Self {
+        Self([0; 64])
+    }
+}
+
+/// Lines that the activations of `tokens` tokens occupy, packed.
+#[must_use]
+pub const fn packed_acts_len(tokens: usize, cols: usize) -> usize {
+    tokens.div_ceil(GROUP) * cols.div_ceil(UNIT)
+}
+
+/// Packed activations `[tokens, cols]`, the right operand of a weights' gradient.
+#[derive(Debug, Clone, Copy)]
+pub struct PackedActs<'a> {
+    data: &'a [Line],
+    scales: &'a [f32],
+    cols: usize,
+}
+
+impl<'a> PackedActs<'a> {
+    /// What [`Kernels::pack_acts`] wrote, block after block of [`FIXED_DEPTH`] tokens, and
+    /// the scale of every token.
+    ///
+    /// # Panics
+    /// If `data` is not [`packed_acts_len`] long.
+    #[must_use]
+    pub fn new(data: &'a [Line], scales: &'a [f32], cols: usize) -> Self {
+        assert_eq!(data.len(), packed_acts_len(scales.len(), cols), "packed activations");
+        Self { data, scales, cols }
+    }
+
+    /// The panel of the columns from `col` on of the block from token `first` on, and the
+    /// vectors of a group.
+    #[inline(always)]
+    fn panel(&self, first: usize, col: usize) -> (&'a [Line], usize) {
+        let (width, col) = (self.cols.div_ceil(UNIT), col / UNIT);
+        let groups = FIXED_DEPTH.min(self.scales.len() - first).div_ceil(GROUP);
+        let own = PANEL.min(width - col);
+        let start = first / GROUP * width + groups * col;
+        (&self.data[start..start + groups * own], own)
+    }
+}
+
+/// The rounding of gradients whose largest magnitude has these bits: what they are
+/// multiplied by, and the step.
+#[inline(always)]
+fn steps(absmax: u32) -> (f32, f32) {
+    let absmax = f32::from_bits(absmax);
+    if !absmax.is_finite() {
+        return (0.0, f32::NAN);
+    }
+    if absmax < SMALLEST {
+        return (0.0, 0.0);
+    }
+    (LARGEST / absmax, absmax / LARGEST)
+}
+
+/// `x · inv` to the nearest integer, halves to even; its magnitude is below 2^23. Of
+/// what is not a number it makes some integer.
+#[inline(always)]
+fn round(x: f32, inv: f32) -> i32 {
+    const TWO_23: f32 = (1 << 23) as f32;
+    let scaled = x * inv;
+    // Between 2^23 and 2^24 the floats are the integers.
+    let magnitude = ((scaled.abs() + TWO_23).to_bits() & 0x7f_ffff) as i32;
+    let sign = scaled.to_bits() as i32 >> 31;
+    (magnitude ^ sign) - sign
+}
+
+/// Joins the sums of the digits. An i32 holds the two low ones of [`FIXED_DEPTH`] products
+/// with int8 or 2^16 with ternary values; those that are too large by the same amount as
+/// `extra`, on their way, wrap around and back.
+#[inline(always)]
+fn join(sums: [i32; DIGITS], extra: [i32; 2]) -> f32 {
+    let low = sums[0].wrapping_add(sums[1] << 8).wrapping_sub(extra[0]);
+    // Exact: at most 2^23, and a power of two.
+    let high = sums[2].wrapping_sub(extra[1]) as f32 * 65536.0;
+    high + low as f32
+}
+
+impl Kernels {
+    /// Whether products in fixed point take less time than products of floats here.
+    #[must_use]
+    pub fn prefers_fixed_point(self) -> bool {
+        dispatch!(self, isa => fast_bytes(isa))
+    }
+
+    /// Writes the digits of the gradient of one token, least significant first, zeroes the
+    /// padding behind them and returns (step, sum of each digit). The step is infinite
+    /// nowhere: it is NaN where the gradient is not finite, 0 where it counts as zero.
+    ///
+    /// # Shapes
+    /// `x` is `[N]`, `q` is `[DIGITS, stride]`.
+    ///
+    /// # Panics
+    /// If `q` is no such slice, or its rows are shorter than `x`.
+    pub fn digits(self, x: &[f32], q: &mut [i8]) -> (f32, [i32; DIGITS]) {
+        let stride = q.len() / DIGITS;
+        assert!(stride * DIGITS == q.len() && stride >= x.len(), "digits of {}", x.len());
+        dispatch!(self, _isa => digits(x, q, stride))
+    }
+
+    /// The product of packed rows and tokens in fixed point:
+    /// `out[t, n] = step[t] · weight_scale · Σ_k trit[n, k] · v[t, k]`.
+    ///
+    /// # Shapes
+    /// `w` is `[N, K]` in layout P2; `x` holds the [`DIGITS`] digits of every token one
+    /// after another, each as a token whose scale is the step; `out` is `[tokens, N]`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit, or K is more than 2^16.
+    pub fn ternary_matmul_fixed(self, w: TernaryRows<'_>, x: TokensRef<'_>, out: MatMut<'_, f32>) {
+        assert_eq!(w.layout, Layout::P2, "the layout of training");
+        assert_eq!((x.len(), w.len()), (DIGITS * out.rows(), out.cols()), "shapes of a product");
+        assert!(x.stride >= w.layout.padded_cols(w.cols), "tokens are padded");
+        assert!(w.cols <= 1 << 16, "sums of {} products", w.cols);
+        if x.is_empty() {
+            return;
+        }
+        dispatch!(self, isa => panel::product::<_, P2, f32, DIGITS, _>(isa, w, x, out,
+        #[inline(always)] |t| {
+            // Codes are one more than their weights.
+            let own = &x.sums[t * DIGITS..][..DIGITS];
+            let extra = [own[0].wrapping_add(own[1] << 8), own[2]];
+            let scale = x.scales[t * DIGITS] * w.weight_scale;
+            #[inline(always)]
+            move |sums| join(sums, extra) * scale
+        }));
+    }
+
+    /// Packs the activations of one block, at most [`FIXED_DEPTH`] tokens: the panels of the
+    /// columns from `col` on, a multiple of 32, as many as `out` has room for.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
+    pub fn pack_acts(self, tokens: TokensRef<'_>, col: usize, out: &mut [Line]) {
+        assert!(tokens.len() <= FIXED_DEPTH, "{} tokens of a block", tokens.len());
+        assert!(col.is_multiple_of(PANEL * UNIT), "a panel begins at {col}");
+        let groups = tokens.len().div_ceil(GROUP).max(1);
+        assert!(
+            out.len().is_multiple_of(groups) && col + out.len() / groups * UNIT <= tokens.stride,
+            "{} lines of {groups} groups",
+            out.len()
+        );
+        dispatch!(self, isa => pack_acts(isa, tokens, col, out));
+    }
+
+    /// The gradient of weights in fixed point: `out[n, k] = Σ_t g[n, t] · scale[t] · q[t, k]`,
+    /// or that added to `out` where `accumulate`, one addition for every block of
+    /// [`FIXED_DEPTH`] tokens.
+    ///
+    /// # Shapes
+    /// `g` is `[N, tokens]`, transposed; `acts` is `[tokens, K]`, `out` is `[N, K]`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit, or `g` is row-major.
+    pub fn fixed_product(
+        self,
+        g: MatRef<'_>,
+        acts: PackedActs<'_>,
+        out: MatMut<'_, f32>,
+        accumulate: bool,
+    ) {
+        assert!(g.is_transposed(), "gradients lie token by token");
+        assert_eq!((g.rows(), acts.cols), (out.rows(), out.cols()), "shapes of a product");
+        assert_eq!(g.cols(), acts.scales.len(), "tokens of a product");
+        dispatch!(self, isa => product(isa, g, acts, out, accumulate));
+    }
+}
+
+/// [`Simd::FAST_BYTES`] of a value.
+#[inline(always)]
+fn fast_bytes<S: Simd>(_isa: S) -> bool {
+    S::FAST_BYTES
+}
+
+/// See [`Kernels::digits`].
+#[inline(always)]
+fn digits(x: &[f32], q: &mut [i8], stride: usize) -> (f32, [i32; DIGITS]) {
+    let mut absmax = 0u32;
+    for v in x {
+        absmax = absmax.max(v.abs().to_bits());
+    }
+    let (inv, step) = steps(absmax);
+    let mut sums = [0i32; DIGITS];
+    let (full, rest) = x.as_chunks::<64>();
+    for (i, x) in full.iter().enumerate() {
+        let mut v = [0i32; 64];
+        for (v, &x) in v.iter_mut().zip(x) {
+            *v = round(x, inv) + UNSIGNED;
+        }
+        for (d, sum) in sums.iter_mut().enumerate() {
+            let mut own = 0;
+            let out = &mut q[d * stride + 64 * i..][..64];
+            for (out, v) in out.iter_mut().zip(v) {
+                let digit = ((v >> (8 * d)) & 0xff) - 128;
+                own += digit;
+                *out = digit as i8;
+            }
+            *sum += own;
+        }
+    }
+    let done = x.len() - rest.len();
+    for (d, sum) in sums.iter_mut().enumerate() {
+        let (out, padding) = q[d * stride + done..(d + 1) * stride].split_at_mut(rest.len());
+        for (out, &x) in out.iter_mut().zip(rest) {
+            let digit = (((round(x, inv) + UNSIGNED) >> (8 * d)) & 0xff) - 128;
+            *sum += digit;
+            *out = digit as i8;
+        }
+        padding.fill(0);
+    }
+    (step, sums)
+}
+
+/// See [`Kernels::pack_acts`].
+#[inline(always)]
+fn pack_acts<S: Simd>(_isa: S, tokens: TokensRef<'_>, col: usize, out: &mut [Line]) {
+    let flip = if S::UNSIGNED_BYTES { 0x8080_8080 } else { 0 };
+    let groups = tokens.len().div_ceil(GROUP);
+    let mut col = col;
+    for panel in out.chunks_mut(groups * PANEL) {
+        let own = panel.len() / groups;
+        for (g, lines) in panel.chunks_exact_mut(own).enumerate() {
+            for (u, line) in lines.iter_mut().enumerate() {
+                let from = col + u * UNIT;
+                let rows = array!(GROUP, j => {
+                    let token = GROUP * g + j;
+                    let row = (token < tokens.len()).then(|| &tokens.token(token)[from..]);
+                    row.and_then(|row| row.first_chunk::<UNIT>()).unwrap_or(&[0; UNIT])
+                });
+                for (c, word) in line.0.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                    let byte = array!(GROUP, j => u32::from(rows[j][c] as u8) << (8 * j));
+                    let bytes = byte[0] | byte[1] | byte[2] | byte[3];
+                    *word = (bytes ^ flip).to_le_bytes();
+                }
+            }
+        }
+        col += own * UNIT;
+    }
+}
+
+/// The digits of some rows of the left operand, in strips of [`STRIP`] rows.
+type Strip = [[[u32; STRIP]; DIGITS]; GROUPS];
+
+/// The left operand of a block, on the stack.
+#[repr(align(64))]
+struct Block {
+    strips: [MaybeUninit<Strip>; BLOCK_ROWS / STRIP],
+    /// Of every row the step, and the sums of its two low digits and of the third.
+    steps: [f32; BLOCK_ROWS],
+    sums: [[i32; 2]; BLOCK_ROWS],
+}
+
+/// See [`Kernels::fixed_product`].
+#[inline(always)]
+fn product<S: Simd>(
+    isa: S,
+    g: MatRef<'_>,
+    acts: PackedActs<'_>,
+    mut out: MatMut<'_, f32>,
+    accumulate: bool,
+) {
+    let (tokens, cols) = (g.cols(), out.cols());
+    if tokens == 0 && !accumulate {
+        (0..out.rows()).for_each(|n| out.row(n).fill(0.0));
+    }
+    let mut block = Block {
+        strips: [const { MaybeUninit::uninit() }; BLOCK_ROWS / STRIP],
+        steps: [0.0; BLOCK_ROWS],
+        sums: [[0; 2]; BLOCK_ROWS],
+    };
+    for top in (0..g.rows()).step_by(BLOCK_ROWS) {
+        let rows = BLOCK_ROWS.min(g.rows() - top);
+        for first in (0..tokens).step_by(FIXED_DEPTH) {
+            let depth = FIXED_DEPTH.min(tokens - first);
+            let own = g.slice_rows(top, top + rows);
+            split(isa, own, first, &acts.scales[first..first + depth], &mut block);
+            let add = accumulate || first > 0;
+            for col in (0..cols).step_by(PANEL * UNIT) {
+                let (panel, width) = acts.panel(first, col);
+                for (s, strip) in block.strips[..rows.div_ceil(STRIP)].iter().enumerate() {
+                    let row = s * STRIP;
+                    let count = STRIP.min(rows - row);
+                    for next in row + STRIP..rows.min(row + 2 * STRIP) {
+                        let end = cols.min(col + width * UNIT);
+                        for line in out.row(top + next)[col..end].chunks(UNIT) {
+                            isa.prefetch(line.as_ptr().cast());
+                        }
+                    }
+                    // SAFETY: `split` has written the groups of these tokens, and no
+                    // others are read: the panel has as many.
+                    let strip = unsafe { strip.assume_init_ref() };
+                    let own = Own {
+                        steps: &block.steps[row..row + count],
+                        sums: &block.sums[row..row + count],
+                        row: top + row,
+                        col,
+                        add,
+                    };
+                    match width {
+                        2 if S::WIDE => {
+                            tile::<S, STRIP, 2, 2>(isa, strip, 0, panel, 0, own, &mut out)
+                        }
+                        1 if S::WIDE => {
+                            tile::<S, STRIP, 1, 1>(isa, strip, 0, panel, 0, own, &mut out)
+                        }
+                        2 => {
+                            for (at, from) in [(0, 0), (0, 1), (2, 0), (2, 1)] {
+                                tile::<S, 2, 1, 2>(isa, strip, at, panel, from, own, &mut out);
+                            }
+                        }
+                        _ => {
+                            tile::<S, 2, 1, 1>(isa, strip, 0, panel, 0, own, &mut out);
+                            tile::<S, 2, 1, 1>(isa, strip, 2, panel, 0, own, &mut out);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Rounds the gradients of a block, times the scales of the tokens from `first` on.
+#[inline(always)]
+fn split<S: Simd>(isa: S, g: MatRef<'_>, first: usize, scales: &[f32], block: &mut Block) {
+    let rows = g.rows();
+    let mut absmax = [0u32; BLOCK_ROWS];
+    for (t, &scale) in scales.iter().enumerate() {
+        // Tokens lie pages apart, which no prefetcher of the machine follows.
+        g.prefetch(isa, first + t + AHEAD, rows);
+        for (max, x) in absmax.iter_mut().zip(g.stored(first + t, 0, rows)) {
+            *max = (*max).max((x * scale).abs().to_bits());
+        }
+    }
+    let count = scales.len().next_multiple_of(GROUP) as i32;
+    for col in (0..rows).step_by(UNIT) {
+        let own = UNIT.min(rows - col);
+        let mut inv = [0.0f32; UNIT];
+        for i in 0..own {
+            (inv[i], block.steps[col + i]) = steps(absmax[col + i]);
+        }
+        // Of the integers with unsigned digits, and of their third digits.
+        let (mut all, mut high) = ([0i32; UNIT], [0i32; UNIT]);
+        for (group, scales) in scales.chunks(GROUP).enumerate() {
+            // A group's last tokens and a unit's last columns may not be there.
+            let mut x = [[0.0f32; UNIT]; GROUP];
+            for (j, (x, &scale)) in x.iter_mut().zip(scales).enumerate() {
+                let from = g.stored(first + GROUP * group + j, col, own);
+                match from.as_array::<UNIT>() {
+                    Some(from) => *x = array!(UNIT, i => from[i] * scale),
+                    None => x.iter_mut().zip(from).for_each(|(x, from)| *x = from * scale),
+                }
+            }
+            let words = words(&x, &inv, &mut all, &mut high);
+            for s in 0..own.div_ceil(STRIP) {
+                let to =
+                    block.strips[col / STRIP + s].as_mut_ptr().cast::<[[u32; STRIP]; DIGITS]>();
+                let from = array!(DIGITS, d => words[d].as_chunks::<STRIP>().0[s]);
+                // SAFETY: a strip is as many groups as a block has at most.
+                unsafe { to.add(group).write(from) };
+            }
+        }
+        for i in 0..own {
+            let third = high[i] - 128 * count;
+            let all = all[i].wrapping_sub(UNSIGNED.wrapping_mul(count));
+            block.sums[col + i] = [all.wrapping_sub(third << 16), third];
+        }
+    }
+}
+
+/// The digits of four tokens side by side, for sixteen rows; adds the integers, their
+/// digits made unsigned, to `all`, and their third digits to `high`.
+#[inline(always)]
+fn words(
+    x: &[[f32; UNIT]; GROUP],
+    inv: &[f32; UNIT],
+    all: &mut [i32; UNIT],
+    high: &mut [i32; UNIT],
+) -> [[u32; UNIT]; DIGITS] {
+    let mut words = [[0u32; UNIT]; DIGITS];
+    for i in 0..UNIT {
+        let v = array!(GROUP, j => round(x[j][i], inv[i]) + UNSIGNED);
+        all[i] = all[i].wrapping_add(v[0] + v[1] + v[2] + v[3]);
+        high[i] += (v[0] >> 16) + (v[1] >> 16) + (v[2] >> 16) + (v[3] >> 16);
+        let byte = array!(GROUP, j => (v[j] & 0xff) << (8 * j));
+        words[0][i] = (byte[0] | byte[1] | byte[2] | byte[3]) as u32 ^ 0x8080_8080;
+        let byte = array!(GROUP, j => (v[j] >> 8 & 0xff) << (8 * j));
+        words[1][i] = (byte[0] | byte[1] | byte[2] | byte[3]) as u32 ^ 0x8080_8080;
+        let byte = array!(GROUP, j => (v[j] >> 16) << (8 * j));
+        words[2][i] = (byte[0] | byte[1] | byte[2] | byte[3]) as u32 ^ 0x8080_8080;
+    }
+    words
+}
+
+/// Where a tile's results go, and what they are multiplied by.
+#[derive(Clone, Copy)]
+struct Own<'a> {
+    steps: &'a [f32],
+    sums: &'a [[i32; 2]],
+    row: usize,
+    col: usize,
+    add: bool,
+}
+
+/// `R` rows of a strip from `at` on, with `U` vectors of a panel `W` wide from `from` on.
+#[inline(always)]
+fn tile<S: Simd, const R: usize, const U: usize, const W: usize>(
+    isa: S,
+    strip: &Strip,
+    at: usize,
+    panel: &[Line],
+    from: usize,
+    own: Own<'_>,
+    out: &mut MatMut<'_, f32>,
+) {
+    let mut sums = [[[isa.sums_zero(); U]; DIGITS]; R];
+    for (lines, digits) in panel.as_chunks::<W>().0.iter().zip(strip) {
+        let acts = array!(U, u => isa.load(&lines[from + u].0));
+        for d in 0..DIGITS {
+            for r in 0..R {
+                let digit = isa.splat_acts(digits[d][at + r].to_le_bytes().map(|b| b as i8));
+                for u in 0..U {
+                    sums[r][d][u] = isa.dot_bytes(sums[r][d][u], acts[u], digit);
+                }
+            }
+        }
+    }
+    let offset = if S::UNSIGNED_BYTES { 128 } else { 0 };
+    let count = own.steps.len().saturating_sub(at).min(R);
+    for (r, sums) in sums.iter().enumerate().take(count) {
+        let step = own.steps[at + r];
+        let extra = array!(2, i => own.sums[at + r][i].wrapping_mul(offset));
+        let row = &mut out.row(own.row + at + r)[own.col + from * UNIT..];
+        for (u, to) in row.chunks_mut(UNIT).enumerate().take(U) {
+            let lanes = array!(DIGITS, d => isa.sum_lanes(sums[d][u]));
+            let mut values = [0.0f32; UNIT];
+            for i in 0..UNIT {
+                values[i] = join(array!(DIGITS, d => lanes[d][i]), extra) * step;
+            }
+            match to.as_mut_array::<UNIT>() {
+                Some(to) if own.add => {
+                    for i in 0..UNIT {
+                        to[i] += values[i];
+                    }
+                }
+                Some(to) => *to = values,
+                None => {
+                    for (to, value) in to.iter_mut().zip(values) {
+                        *to = if own.add { *to + value } else { value };
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
