@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::{Activation, Layout};
 use bitnet_kernels::{
-    AttendQuery, DIGITS, DenseRows, FIXED_DEPTH, Kernels, KvHead, KvHeadInt8Mut, Line,
+    AttendQuery, DenseRows, Digits, FIXED_DEPTH, Kernels, KvHead, KvHeadInt8Mut, Line,
     LineAllocator, MatMut, MatRef, PACK_DEPTH, PackSource, PackedActs, PackedRef, QuantizedTokens,
     TernaryRows, Unit, attend_scores_len, key_blocks_len, packed_acts_len, packed_len, store_key,
 };
@@ -384,20 +384,19 @@ fn fixed() {
                 let tokens = x.view().tokens(first, count.min(first + PACK_DEPTH));
                 k.pack_block(PackSource::Int8 { tokens, cols }, block);
             }
-            let (x, out) = (&x, &out);
-            runs.push((
-                format!("weights fixed {}", k.name()),
-                Box::new(move || {
-                    let acts = PackedActs::new(&lines, &x.scales, cols);
-                    let mut out = out.borrow_mut();
-                    k.fixed_product(
-                        black_box(left),
-                        acts,
-                        MatMut::new(&mut out, rows, cols),
-                        false,
-                    );
-                }),
-            ));
+            let (x, out, lines) = (&x, &out, std::rc::Rc::new(lines));
+            for digits in [Digits::Three, Digits::Two] {
+                let lines = lines.clone();
+                runs.push((
+                    format!("weights {digits:?} {}", k.name()),
+                    Box::new(move || {
+                        let acts = PackedActs::new(&lines, &x.scales, cols);
+                        let mut out = out.borrow_mut();
+                        let out = MatMut::new(&mut out, rows, cols);
+                        k.fixed_product(digits, black_box(left), acts, out, false);
+                    }),
+                ));
+            }
             runs.push((
                 format!("weights float {}", k.name()),
                 Box::new(move || {
@@ -423,27 +422,31 @@ fn fixed() {
                 let bytes = &bytes[i * PACK_DEPTH * row..end * row];
                 k.pack_block(PackSource::Ternary { bytes, cols, scale: 0.5 }, block);
             }
-            let mut digits = QuantizedTokens::default();
-            digits.resize(DIGITS * chunk, cols);
-            let mut dx = vec![0.0f32; chunk * cols];
-            let g = own.clone();
-            runs.push((
-                format!("inputs fixed {}", k.name()),
-                Box::new(move || {
-                    let stride = digits.stride;
-                    for (t, g) in g.chunks_exact(cols).enumerate() {
-                        let all = t * DIGITS..(t + 1) * DIGITS;
-                        let (step, sums) =
-                            k.digits(g, &mut digits.q[all.start * stride..all.end * stride]);
-                        digits.scales[all.clone()].fill(step);
-                        digits.sums[all].copy_from_slice(&sums);
-                    }
-                    let w =
-                        TernaryRows { layout: Layout::P2, cols, weight_scale: 0.5, bytes: &bytes };
-                    k.ternary_matmul_fixed(w, digits.view(), MatMut::new(&mut dx, chunk, cols));
-                    black_box(&dx);
-                }),
-            ));
+            let bytes = std::rc::Rc::new(bytes);
+            for kind in [Digits::Three, Digits::Two] {
+                let (count, bytes) = (kind.count(), bytes.clone());
+                let mut digits = QuantizedTokens::default();
+                digits.resize(count * chunk, cols);
+                let mut dx = vec![0.0f32; chunk * cols];
+                let g = own.clone();
+                runs.push((
+                    format!("inputs {kind:?} {}", k.name()),
+                    Box::new(move || {
+                        let stride = digits.stride;
+                        for (t, g) in g.chunks_exact(cols).enumerate() {
+                            let all = t * count..(t + 1) * count;
+                            let q = &mut digits.q[all.start * stride..all.end * stride];
+                            let step = k.digits(kind, g, q, &mut digits.sums[all.clone()]);
+                            digits.scales[all].fill(step);
+                        }
+                        let layout = Layout::P2;
+                        let w = TernaryRows { layout, cols, weight_scale: 0.5, bytes: &bytes };
+                        let out = MatMut::new(&mut dx, chunk, cols);
+                        k.ternary_matmul_fixed(kind, w, digits.view(), out);
+                        black_box(&dx);
+                    }),
+                ));
+            }
             let mut dx = vec![0.0f32; chunk * cols];
             runs.push((
                 format!("inputs float {}", k.name()),
@@ -464,9 +467,15 @@ fn fixed() {
             let operations =
                 if name.starts_with("weights") { rows * count } else { 128 * cols } * cols;
             let rate = 2.0 * operations as f64 / time * 1e-9;
-            let of_int8 = 100.0 * DIGITS as f64 * rate / int8;
+            let digits = if name.contains("Three") { 3.0 } else { 2.0 };
+            let of_int8 = 100.0 * digits * rate / int8;
             let of_f32 = 100.0 * rate / f32s;
-            println!("    {name}: {rate:.0} ({of_int8:.0}% of int8, {of_f32:.0}% of f32)");
+            match name.contains("float") {
+                true => println!("    {name}: {rate:.0} ({of_f32:.0}% of f32)"),
+                false => {
+                    println!("    {name}: {rate:.0} ({of_int8:.0}% of int8, {of_f32:.0}% of f32)")
+                }
+            }
         }
     }
 }

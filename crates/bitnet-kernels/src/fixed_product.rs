@@ -2,16 +2,17 @@
 //!
 //! One side of such a product is integers: ternary weights, or int8 activations. The
 //! other, the gradient, is rounded to integers of 24 bits, `v = round(g / step)` with
-//! `step = absmax / (127 · 2^16)`, and written with [`DIGITS`] signed digits of 8 bits:
+//! `step = absmax / (127 · 2^16)`, and written with three signed digits of 8 bits:
 //! `v = d0 + 2^8 · d1 + 2^16 · d2`. A product of digits and int8 is a sum of int32, exact
 //! in any order. The sums of the two low digits are joined as integers, and these with
-//! that of the third as f32, one rounding each.
+//! that of the third as f32, one rounding each. With two [`Digits`] the integers have 16
+//! bits, and `step = absmax / (127 · 2^8)`.
 //!
-//! `absmax` is that of the terms which an element of the product adds up, so that an element
-//! is off by at most half a step times the magnitudes that it meets, beside the roundings of
-//! `g / step` and of the joined sums to f32: normwise what a chain of f32 additions loses. Three products of
-//! bytes take less time than one of floats wherever an instruction multiplies four times
-//! as many bytes as floats.
+//! `absmax` is that of the terms which an element of the product adds up, so that an
+//! element is off by at most half a step times the magnitudes that it meets, beside the
+//! roundings of `g / step` and of the joined sums to f32: with three digits normwise what a
+//! chain of f32 additions loses. Three products of bytes take less time than one of floats
+//! wherever an instruction multiplies four times as many bytes as floats.
 //!
 //! A gradient that is infinite or not a number makes all that it has a part in NaN; where
 //! `absmax` is less than 2^-100 the terms count as zeros.
@@ -28,8 +29,41 @@ use crate::product::P2;
 use crate::simd::{Simd, array};
 use crate::ternary::{TernaryRows, TokensRef};
 
-/// Digits of a gradient.
-pub const DIGITS: usize = 3;
+/// The digits of 8 bits that a gradient is written with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Digits {
+    /// 16 bits.
+    Two,
+    /// 24 bits.
+    Three,
+}
+
+impl Digits {
+    /// How many there are.
+    #[must_use]
+    pub const fn count(self) -> usize {
+        match self {
+            Self::Two => 2,
+            Self::Three => 3,
+        }
+    }
+}
+
+/// Evaluates an expression with the number of digits as a constant.
+macro_rules! of_digits {
+    ($digits:expr, $D:ident => $body:expr) => {
+        match $digits {
+            Digits::Two => {
+                const $D: usize = 2;
+                $body
+            }
+            Digits::Three => {
+                const $D: usize = 3;
+                $body
+            }
+        }
+    };
+}
 
 /// Tokens whose products are added as integers. Their activations of one panel and the
 /// gradients of one strip lie in the nearest cache.
@@ -57,13 +91,17 @@ const BLOCK_ROWS: usize = 96;
 const AHEAD: usize = 8;
 
 /// What `absmax` becomes.
-const LARGEST: f32 = (127 << 16) as f32;
+const fn largest(digits: usize) -> f32 {
+    (127 << (8 * (digits - 1))) as f32
+}
 
 /// Smaller gradients are zero: their step would be no normal float.
 const SMALLEST: f32 = f32::from_bits((127 - 100) << 23);
 
 /// What makes the digits unsigned: 128 each.
-const UNSIGNED: i32 = 0x80_8080;
+const fn unsigned(digits: usize) -> i32 {
+    0x80_8080 >> (8 * (3 - digits))
+}
 
 /// One cache line of packed activations: four tokens of sixteen columns.
 #[derive(Debug, Clone, Copy)]
@@ -117,7 +155,7 @@ impl<'a> PackedActs<'a> {
 /// The rounding of gradients whose largest magnitude has these bits: what they are
 /// multiplied by, and the step.
 #[inline(always)]
-fn steps(absmax: u32) -> (f32, f32) {
+fn steps<const D: usize>(absmax: u32) -> (f32, f32) {
     let absmax = f32::from_bits(absmax);
     if !absmax.is_finite() {
         return (0.0, f32::NAN);
@@ -125,7 +163,7 @@ fn steps(absmax: u32) -> (f32, f32) {
     if absmax < SMALLEST {
         return (0.0, 0.0);
     }
-    (LARGEST / absmax, absmax / LARGEST)
+    (largest(D) / absmax, absmax / largest(D))
 }
 
 /// `x · inv` to the nearest integer, halves to even; its magnitude is below 2^23. Of
@@ -144,8 +182,11 @@ fn round(x: f32, inv: f32) -> i32 {
 /// with int8 or 2^16 with ternary values; those that are too large by the same amount as
 /// `extra`, on their way, wrap around and back.
 #[inline(always)]
-fn join(sums: [i32; DIGITS], extra: [i32; 2]) -> f32 {
+fn join<const D: usize>(sums: [i32; D], extra: [i32; 2]) -> f32 {
     let low = sums[0].wrapping_add(sums[1] << 8).wrapping_sub(extra[0]);
+    if D == 2 {
+        return low as f32;
+    }
     // Exact: at most 2^23, and a power of two.
     let high = sums[2].wrapping_sub(extra[1]) as f32 * 65536.0;
     high + low as f32
@@ -159,46 +200,47 @@ impl Kernels {
     }
 
     /// Writes the digits of the gradient of one token, least significant first, zeroes the
-    /// padding behind them and returns (step, sum of each digit). The step is infinite
-    /// nowhere: it is NaN where the gradient is not finite, 0 where it counts as zero.
+    /// padding behind them and returns the step; `sums` become the sums of the digits. The
+    /// step is NaN where the gradient is not finite, and 0 where it counts as zero.
     ///
     /// # Shapes
-    /// `x` is `[N]`, `q` is `[DIGITS, stride]`.
+    /// `x` is `[N]`, `q` is `[digits, stride]`, `sums` is `[digits]`.
     ///
     /// # Panics
-    /// If `q` is no such slice, or its rows are shorter than `x`.
-    pub fn digits(self, x: &[f32], q: &mut [i8]) -> (f32, [i32; DIGITS]) {
-        let stride = q.len() / DIGITS;
-        assert!(stride * DIGITS == q.len() && stride >= x.len(), "digits of {}", x.len());
-        dispatch!(self, _isa => digits(x, q, stride))
+    /// If the shapes do not fit, or a row of `q` is shorter than `x`.
+    pub fn digits(self, digits: Digits, x: &[f32], q: &mut [i8], sums: &mut [i32]) -> f32 {
+        let stride = q.len() / digits.count();
+        assert!(stride * digits.count() == q.len() && stride >= x.len(), "digits of {}", x.len());
+        of_digits!(digits, D => {
+            let Some(sums) = sums.as_mut_array::<D>() else { panic!("{} sums", sums.len()) };
+            dispatch!(self, _isa => write_digits::<D>(x, q, stride, sums))
+        })
     }
 
     /// The product of packed rows and tokens in fixed point:
     /// `out[t, n] = step[t] · weight_scale · Σ_k trit[n, k] · v[t, k]`.
     ///
     /// # Shapes
-    /// `w` is `[N, K]` in layout P2; `x` holds the [`DIGITS`] digits of every token one
-    /// after another, each as a token whose scale is the step; `out` is `[tokens, N]`.
+    /// `w` is `[N, K]` in layout P2; `x` holds the digits of every token one after another,
+    /// each as a token whose scale is the step; `out` is `[tokens, N]`.
     ///
     /// # Panics
     /// If the shapes do not fit, or K is more than 2^16.
-    pub fn ternary_matmul_fixed(self, w: TernaryRows<'_>, x: TokensRef<'_>, out: MatMut<'_, f32>) {
+    pub fn ternary_matmul_fixed(
+        self,
+        digits: Digits,
+        w: TernaryRows<'_>,
+        x: TokensRef<'_>,
+        out: MatMut<'_, f32>,
+    ) {
         assert_eq!(w.layout, Layout::P2, "the layout of training");
-        assert_eq!((x.len(), w.len()), (DIGITS * out.rows(), out.cols()), "shapes of a product");
+        let shape = (digits.count() * out.rows(), out.cols());
+        assert_eq!((x.len(), w.len()), shape, "shapes of a product");
         assert!(x.stride >= w.layout.padded_cols(w.cols), "tokens are padded");
         assert!(w.cols <= 1 << 16, "sums of {} products", w.cols);
-        if x.is_empty() {
-            return;
+        if !x.is_empty() {
+            of_digits!(digits, D => dispatch!(self, isa => inputs::<_, D>(isa, w, x, out)));
         }
-        dispatch!(self, isa => panel::product::<_, P2, f32, DIGITS, _>(isa, w, x, out,
-        #[inline(always)] |t| {
-            // Codes are one more than their weights.
-            let own = &x.sums[t * DIGITS..][..DIGITS];
-            let extra = [own[0].wrapping_add(own[1] << 8), own[2]];
-            let scale = x.scales[t * DIGITS] * w.weight_scale;
-            #[inline(always)]
-            move |sums| join(sums, extra) * scale
-        }));
     }
 
     /// Packs the activations of one block, at most [`FIXED_DEPTH`] tokens: the panels of the
@@ -229,6 +271,7 @@ impl Kernels {
     /// If the shapes do not fit, or `g` is row-major.
     pub fn fixed_product(
         self,
+        digits: Digits,
         g: MatRef<'_>,
         acts: PackedActs<'_>,
         out: MatMut<'_, f32>,
@@ -237,7 +280,9 @@ impl Kernels {
         assert!(g.is_transposed(), "gradients lie token by token");
         assert_eq!((g.rows(), acts.cols), (out.rows(), out.cols()), "shapes of a product");
         assert_eq!(g.cols(), acts.scales.len(), "tokens of a product");
-        dispatch!(self, isa => product(isa, g, acts, out, accumulate));
+        of_digits!(digits, D => {
+            dispatch!(self, isa => product::<_, D>(isa, g, acts, out, accumulate));
+        });
     }
 }
 
@@ -247,20 +292,50 @@ fn fast_bytes<S: Simd>(_isa: S) -> bool {
     S::FAST_BYTES
 }
 
+/// See [`Kernels::ternary_matmul_fixed`].
+#[inline(always)]
+fn inputs<S: Simd, const D: usize>(
+    isa: S,
+    w: TernaryRows<'_>,
+    x: TokensRef<'_>,
+    out: MatMut<'_, f32>,
+) {
+    panel::product::<S, P2, f32, D, _>(
+        isa,
+        w,
+        x,
+        out,
+        #[inline(always)]
+        |t| {
+            // Codes are one more than their weights.
+            let own = &x.sums[t * D..][..D];
+            let extra = [own[0].wrapping_add(own[1] << 8), if D == 2 { 0 } else { own[2] }];
+            let scale = x.scales[t * D] * w.weight_scale;
+            #[inline(always)]
+            move |sums| join::<D>(sums, extra) * scale
+        },
+    );
+}
+
 /// See [`Kernels::digits`].
 #[inline(always)]
-fn digits(x: &[f32], q: &mut [i8], stride: usize) -> (f32, [i32; DIGITS]) {
+fn write_digits<const D: usize>(
+    x: &[f32],
+    q: &mut [i8],
+    stride: usize,
+    sums: &mut [i32; D],
+) -> f32 {
     let mut absmax = 0u32;
     for v in x {
         absmax = absmax.max(v.abs().to_bits());
     }
-    let (inv, step) = steps(absmax);
-    let mut sums = [0i32; DIGITS];
+    let (inv, step) = steps::<D>(absmax);
+    *sums = [0; D];
     let (full, rest) = x.as_chunks::<64>();
     for (i, x) in full.iter().enumerate() {
         let mut v = [0i32; 64];
         for (v, &x) in v.iter_mut().zip(x) {
-            *v = round(x, inv) + UNSIGNED;
+            *v = round(x, inv) + unsigned(D);
         }
         for (d, sum) in sums.iter_mut().enumerate() {
             let mut own = 0;
@@ -277,13 +352,13 @@ fn digits(x: &[f32], q: &mut [i8], stride: usize) -> (f32, [i32; DIGITS]) {
     for (d, sum) in sums.iter_mut().enumerate() {
         let (out, padding) = q[d * stride + done..(d + 1) * stride].split_at_mut(rest.len());
         for (out, &x) in out.iter_mut().zip(rest) {
-            let digit = (((round(x, inv) + UNSIGNED) >> (8 * d)) & 0xff) - 128;
+            let digit = (((round(x, inv) + unsigned(D)) >> (8 * d)) & 0xff) - 128;
             *sum += digit;
             *out = digit as i8;
         }
         padding.fill(0);
     }
-    (step, sums)
+    step
 }
 
 /// See [`Kernels::pack_acts`].
@@ -314,12 +389,12 @@ fn pack_acts<S: Simd>(_isa: S, tokens: TokensRef<'_>, col: usize, out: &mut [Lin
 }
 
 /// The digits of some rows of the left operand, in strips of [`STRIP`] rows.
-type Strip = [[[u32; STRIP]; DIGITS]; GROUPS];
+type Strip<const D: usize> = [[[u32; STRIP]; D]; GROUPS];
 
 /// The left operand of a block, on the stack.
 #[repr(align(64))]
-struct Block {
-    strips: [MaybeUninit<Strip>; BLOCK_ROWS / STRIP],
+struct Block<const D: usize> {
+    strips: [MaybeUninit<Strip<D>>; BLOCK_ROWS / STRIP],
     /// Of every row the step, and the sums of its two low digits and of the third.
     steps: [f32; BLOCK_ROWS],
     sums: [[i32; 2]; BLOCK_ROWS],
@@ -327,7 +402,7 @@ struct Block {
 
 /// See [`Kernels::fixed_product`].
 #[inline(always)]
-fn product<S: Simd>(
+fn product<S: Simd, const D: usize>(
     isa: S,
     g: MatRef<'_>,
     acts: PackedActs<'_>,
@@ -338,7 +413,7 @@ fn product<S: Simd>(
     if tokens == 0 && !accumulate {
         (0..out.rows()).for_each(|n| out.row(n).fill(0.0));
     }
-    let mut block = Block {
+    let mut block = Block::<D> {
         strips: [const { MaybeUninit::uninit() }; BLOCK_ROWS / STRIP],
         steps: [0.0; BLOCK_ROWS],
         sums: [[0; 2]; BLOCK_ROWS],
@@ -373,19 +448,19 @@ fn product<S: Simd>(
                     };
                     match width {
                         2 if S::WIDE => {
-                            tile::<S, STRIP, 2, 2>(isa, strip, 0, panel, 0, own, &mut out)
+                            tile::<S, D, STRIP, 2, 2>(isa, strip, 0, panel, 0, own, &mut out)
                         }
                         1 if S::WIDE => {
-                            tile::<S, STRIP, 1, 1>(isa, strip, 0, panel, 0, own, &mut out)
+                            tile::<S, D, STRIP, 1, 1>(isa, strip, 0, panel, 0, own, &mut out)
                         }
                         2 => {
                             for (at, from) in [(0, 0), (0, 1), (2, 0), (2, 1)] {
-                                tile::<S, 2, 1, 2>(isa, strip, at, panel, from, own, &mut out);
+                                tile::<S, D, 2, 1, 2>(isa, strip, at, panel, from, own, &mut out);
                             }
                         }
                         _ => {
-                            tile::<S, 2, 1, 1>(isa, strip, 0, panel, 0, own, &mut out);
-                            tile::<S, 2, 1, 1>(isa, strip, 2, panel, 0, own, &mut out);
+                            tile::<S, D, 2, 1, 1>(isa, strip, 0, panel, 0, own, &mut out);
+                            tile::<S, D, 2, 1, 1>(isa, strip, 2, panel, 0, own, &mut out);
                         }
                     }
                 }
@@ -396,7 +471,13 @@ fn product<S: Simd>(
 
 /// Rounds the gradients of a block, times the scales of the tokens from `first` on.
 #[inline(always)]
-fn split<S: Simd>(isa: S, g: MatRef<'_>, first: usize, scales: &[f32], block: &mut Block) {
+fn split<S: Simd, const D: usize>(
+    isa: S,
+    g: MatRef<'_>,
+    first: usize,
+    scales: &[f32],
+    block: &mut Block<D>,
+) {
     let rows = g.rows();
     let mut absmax = [0u32; BLOCK_ROWS];
     for (t, &scale) in scales.iter().enumerate() {
@@ -411,7 +492,7 @@ fn split<S: Simd>(isa: S, g: MatRef<'_>, first: usize, scales: &[f32], block: &m
         let own = UNIT.min(rows - col);
         let mut inv = [0.0f32; UNIT];
         for i in 0..own {
-            (inv[i], block.steps[col + i]) = steps(absmax[col + i]);
+            (inv[i], block.steps[col + i]) = steps::<D>(absmax[col + i]);
         }
         // Of the integers with unsigned digits, and of their third digits.
         let (mut all, mut high) = ([0i32; UNIT], [0i32; UNIT]);
@@ -425,19 +506,19 @@ fn split<S: Simd>(isa: S, g: MatRef<'_>, first: usize, scales: &[f32], block: &m
                     None => x.iter_mut().zip(from).for_each(|(x, from)| *x = from * scale),
                 }
             }
-            let words = words(&x, &inv, &mut all, &mut high);
+            let words = words::<D>(&x, &inv, &mut all, &mut high);
             for s in 0..own.div_ceil(STRIP) {
-                let to =
-                    block.strips[col / STRIP + s].as_mut_ptr().cast::<[[u32; STRIP]; DIGITS]>();
-                let from = array!(DIGITS, d => words[d].as_chunks::<STRIP>().0[s]);
+                let to = block.strips[col / STRIP + s].as_mut_ptr().cast::<[[u32; STRIP]; D]>();
+                let from = array!(D, d => words[d].as_chunks::<STRIP>().0[s]);
                 // SAFETY: a strip is as many groups as a block has at most.
                 unsafe { to.add(group).write(from) };
             }
         }
         for i in 0..own {
             let third = high[i] - 128 * count;
-            let all = all[i].wrapping_sub(UNSIGNED.wrapping_mul(count));
-            block.sums[col + i] = [all.wrapping_sub(third << 16), third];
+            let all = all[i].wrapping_sub(unsigned(D).wrapping_mul(count));
+            block.sums[col + i] =
+                if D == 2 { [all, 0] } else { [all.wrapping_sub(third << 16), third] };
         }
     }
 }
@@ -445,23 +526,23 @@ fn split<S: Simd>(isa: S, g: MatRef<'_>, first: usize, scales: &[f32], block: &m
 /// The digits of four tokens side by side, for sixteen rows; adds the integers, their
 /// digits made unsigned, to `all`, and their third digits to `high`.
 #[inline(always)]
-fn words(
+fn words<const D: usize>(
     x: &[[f32; UNIT]; GROUP],
     inv: &[f32; UNIT],
     all: &mut [i32; UNIT],
     high: &mut [i32; UNIT],
-) -> [[u32; UNIT]; DIGITS] {
-    let mut words = [[0u32; UNIT]; DIGITS];
+) -> [[u32; UNIT]; D] {
+    let mut words = [[0u32; UNIT]; D];
     for i in 0..UNIT {
-        let v = array!(GROUP, j => round(x[j][i], inv[i]) + UNSIGNED);
+        let v = array!(GROUP, j => round(x[j][i], inv[i]) + unsigned(D));
         all[i] = all[i].wrapping_add(v[0] + v[1] + v[2] + v[3]);
-        high[i] += (v[0] >> 16) + (v[1] >> 16) + (v[2] >> 16) + (v[3] >> 16);
-        let byte = array!(GROUP, j => (v[j] & 0xff) << (8 * j));
-        words[0][i] = (byte[0] | byte[1] | byte[2] | byte[3]) as u32 ^ 0x8080_8080;
-        let byte = array!(GROUP, j => (v[j] >> 8 & 0xff) << (8 * j));
-        words[1][i] = (byte[0] | byte[1] | byte[2] | byte[3]) as u32 ^ 0x8080_8080;
-        let byte = array!(GROUP, j => (v[j] >> 16) << (8 * j));
-        words[2][i] = (byte[0] | byte[1] | byte[2] | byte[3]) as u32 ^ 0x8080_8080;
+        if D == 3 {
+            high[i] += (v[0] >> 16) + (v[1] >> 16) + (v[2] >> 16) + (v[3] >> 16);
+        }
+        for d in 0..D {
+            let byte = array!(GROUP, j => (v[j] >> (8 * d) & 0xff) << (8 * j));
+            words[d][i] = (byte[0] | byte[1] | byte[2] | byte[3]) as u32 ^ 0x8080_8080;
+        }
     }
     words
 }
@@ -478,19 +559,19 @@ struct Own<'a> {
 
 /// `R` rows of a strip from `at` on, with `U` vectors of a panel `W` wide from `from` on.
 #[inline(always)]
-fn tile<S: Simd, const R: usize, const U: usize, const W: usize>(
+fn tile<S: Simd, const D: usize, const R: usize, const U: usize, const W: usize>(
     isa: S,
-    strip: &Strip,
+    strip: &Strip<D>,
     at: usize,
     panel: &[Line],
     from: usize,
     own: Own<'_>,
     out: &mut MatMut<'_, f32>,
 ) {
-    let mut sums = [[[isa.sums_zero(); U]; DIGITS]; R];
+    let mut sums = [[[isa.sums_zero(); U]; D]; R];
     for (lines, digits) in panel.as_chunks::<W>().0.iter().zip(strip) {
         let acts = array!(U, u => isa.load(&lines[from + u].0));
-        for d in 0..DIGITS {
+        for d in 0..D {
             for r in 0..R {
                 let digit = isa.splat_acts(digits[d][at + r].to_le_bytes().map(|b| b as i8));
                 for u in 0..U {
@@ -506,10 +587,10 @@ fn tile<S: Simd, const R: usize, const U: usize, const W: usize>(
         let extra = array!(2, i => own.sums[at + r][i].wrapping_mul(offset));
         let row = &mut out.row(own.row + at + r)[own.col + from * UNIT..];
         for (u, to) in row.chunks_mut(UNIT).enumerate().take(U) {
-            let lanes = array!(DIGITS, d => isa.sum_lanes(sums[d][u]));
+            let lanes = array!(D, d => isa.sum_lanes(sums[d][u]));
             let mut values = [0.0f32; UNIT];
             for i in 0..UNIT {
-                values[i] = join(array!(DIGITS, d => lanes[d][i]), extra) * step;
+                values[i] = join::<D>(array!(D, d => lanes[d][i]), extra) * step;
             }
             match to.as_mut_array::<UNIT>() {
                 Some(to) if own.add => {

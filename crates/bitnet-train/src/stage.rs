@@ -3,6 +3,7 @@
 use bitnet_core::names::Linear;
 use bitnet_core::quantizer::ActivationRecipe;
 use bitnet_core::{ActivationQuantizer, ModelConfig, WeightQuantizer};
+use bitnet_kernels::Digits;
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
@@ -44,17 +45,36 @@ pub enum GradientProducts {
     /// Floats.
     Float,
     /// Integers of 24 bits.
-    Fixed,
+    Fixed24,
+    /// Integers of 16 bits: faster, and each element off by at most 2^-16 of the largest
+    /// that it is added to.
+    Fixed16,
 }
 
 impl GradientProducts {
-    /// The way that is taken on this machine.
+    /// The digits that are taken on this machine; none: floats.
     #[must_use]
-    pub fn chosen(self) -> Gradients {
+    pub fn digits(self) -> Option<Digits> {
         match self {
-            Self::Auto if kernels().prefers_fixed_point() => Gradients::Fixed,
-            Self::Auto | Self::Float => Gradients::Float,
-            Self::Fixed => Gradients::Fixed,
+            Self::Auto => kernels().prefers_fixed_point().then_some(Digits::Three),
+            Self::Float => None,
+            Self::Fixed24 => Some(Digits::Three),
+            Self::Fixed16 => Some(Digits::Two),
+        }
+    }
+
+    /// Whether the config asks for integers.
+    fn is_fixed(self) -> bool {
+        matches!(self, Self::Fixed24 | Self::Fixed16)
+    }
+
+    /// The name in a config.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Float => "float",
+            Self::Fixed24 => "fixed24",
+            Self::Fixed16 => "fixed16",
         }
     }
 }
@@ -75,7 +95,7 @@ pub struct Stage {
 impl Stage {
     /// The finished model.
     pub const FINAL: Self =
-        Self { blend: 1.0, int8: false, gradients: Gradients::Float, bf16: false };
+        Self { blend: 1.0, int8: false, gradients: Gradients::FLOAT, bf16: false };
 
     /// The recipe of a linear layer in this stage.
     #[must_use]
@@ -117,7 +137,8 @@ impl StageConfig {
             1.0
         };
         let int8 = step < share(self.int8_until);
-        let gradients = if self.int8_backward { Gradients::Int8 } else { self.gradients.chosen() };
+        let gradients =
+            Gradients { digits: self.gradients.digits(), int8_inputs: self.int8_backward };
         Stage { blend, int8, gradients, bf16: false }
     }
 
@@ -155,12 +176,9 @@ impl StageConfig {
         if self.int8_backward && !all_integer {
             return Err(TrainError::value("quantization.int8_backward", true, reason));
         }
-        if self.gradients == GradientProducts::Fixed && !all_integer {
-            return Err(TrainError::value("quantization.gradients", "fixed", reason));
-        }
-        if self.int8_backward && self.gradients == GradientProducts::Float {
-            let reason = "contradicts quantization.gradients = float";
-            return Err(TrainError::value("quantization.int8_backward", true, reason));
+        if self.gradients.is_fixed() && !all_integer {
+            let value = self.gradients.name();
+            return Err(TrainError::value("quantization.gradients", value, reason));
         }
         Ok(())
     }
@@ -174,9 +192,10 @@ impl StageConfig {
             let reason = format!("is for --device cpu, not {device}");
             return Err(TrainError::value("quantization.int8_backward", true, reason));
         }
-        if self.gradients == GradientProducts::Fixed && device != DeviceChoice::Cpu {
-            let reason = format!("is for --device cpu, not {device}");
-            return Err(TrainError::value("quantization.gradients", "fixed", reason));
+        if self.gradients.is_fixed() && device != DeviceChoice::Cpu {
+            let (value, reason) =
+                (self.gradients.name(), format!("is for --device cpu, not {device}"));
+            return Err(TrainError::value("quantization.gradients", value, reason));
         }
         Ok(())
     }
@@ -189,8 +208,8 @@ mod tests {
     #[test]
     fn the_default_is_the_finished_model_throughout() {
         for step in [0, 1, 99, 100] {
-            let gradients = GradientProducts::Auto.chosen();
-            let gradients = if step < 100 { gradients } else { Gradients::Float };
+            let digits = GradientProducts::Auto.digits().filter(|_| step < 100);
+            let gradients = Gradients { digits, int8_inputs: false };
             let want = Stage { gradients, ..Stage::FINAL };
             assert_eq!(StageConfig::default().at(step, 100), want);
         }

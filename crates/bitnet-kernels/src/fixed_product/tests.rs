@@ -26,20 +26,25 @@ fn activations(tokens: usize, cols: usize) -> QuantizedTokens {
     x
 }
 
+/// A case with two digits and with three.
+fn of_both<T: Copy>(case: T) -> [(T, Digits); 2] {
+    [Digits::Two, Digits::Three].map(|digits| (case, digits))
+}
+
 /// The integers and the step of some terms, as the module says.
-fn definition(terms: &[f32]) -> (Vec<i64>, f32) {
+fn definition(digits: Digits, terms: &[f32]) -> (Vec<i64>, f32) {
     let absmax = terms.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    let largest = (127 << 16) as f32;
+    let largest = 127.0 * 256f32.powi(digits.count() as i32 - 1);
     let inv = largest / absmax;
     let ints = terms.iter().map(|x| (x * inv).round_ties_even() as i64).collect();
     (ints, absmax / largest)
 }
 
 /// The joined sums of some integers' digits times other integers.
-fn sum(products: impl Iterator<Item = (i64, i64)>) -> f32 {
+fn sum(digits: Digits, products: impl Iterator<Item = (i64, i64)>) -> f32 {
     let [mut low, mut high] = [0i64; 2];
     for (v, x) in products {
-        let third = (v + 0x8080) >> 16;
+        let third = if digits == Digits::Two { 0 } else { (v + 0x8080) >> 16 };
         high += third * x;
         low += (v - (third << 16)) * x;
     }
@@ -66,9 +71,8 @@ fn packed(k: Kernels, x: &QuantizedTokens, cols: usize) -> Vec<Line> {
 
 #[test]
 fn gradients_of_weights_are_the_definition_bit_for_bit() {
-    for [rows, cols, tokens] in
-        [[1, 1, 1], [4, 32, 4], [5, 33, 7], [97, 50, 130], [100, 70, 1030], [3, 16, 513]]
-    {
+    let shapes = [[1, 1, 1], [4, 32, 4], [5, 33, 7], [97, 50, 130], [100, 70, 1030], [3, 16, 513]];
+    for ([rows, cols, tokens], digits) in shapes.into_iter().flat_map(of_both) {
         let stride = rows + 3;
         let g = gradients(tokens * stride, 5);
         let x = activations(tokens, cols);
@@ -79,10 +83,10 @@ fn gradients_of_weights_are_the_definition_bit_for_bit() {
                 let block = first..tokens.min(first + FIXED_DEPTH);
                 let terms: Vec<f32> =
                     block.clone().map(|t| g[t * stride + n] * x.scales[t]).collect();
-                let (ints, step) = definition(&terms);
+                let (ints, step) = definition(digits, &terms);
                 for k in 0..cols {
                     let q = block.clone().map(|t| i64::from(x.q[t * x.stride + k]));
-                    let value = sum(ints.iter().copied().zip(q)) * step;
+                    let value = sum(digits, ints.iter().copied().zip(q)) * step;
                     let [fresh, added] = &mut want;
                     let at = n * cols + k;
                     fresh[at] = if first == 0 { value } else { fresh[at] + value };
@@ -96,7 +100,8 @@ fn gradients_of_weights_are_the_definition_bit_for_bit() {
             let left = MatRef::new(&g, tokens, rows, stride).t();
             for (accumulate, want) in [(false, &want[0]), (true, &want[1])] {
                 let mut out = start.clone();
-                kernels.fixed_product(left, acts, MatMut::new(&mut out, rows, cols), accumulate);
+                let view = MatMut::new(&mut out, rows, cols);
+                kernels.fixed_product(digits, left, acts, view, accumulate);
                 let same = out.iter().zip(want).all(|(a, b)| a.to_bits() == b.to_bits());
                 assert!(same, "{} [{rows}, {cols}] {tokens} tokens", kernels.name());
             }
@@ -106,9 +111,9 @@ fn gradients_of_weights_are_the_definition_bit_for_bit() {
 
 #[test]
 fn gradients_of_inputs_are_the_definition_bit_for_bit() {
-    for [rows, cols, tokens] in
-        [[1, 1, 1], [16, 256, 8], [33, 300, 3], [70, 513, 90], [50, 64, 200]]
-    {
+    let shapes = [[1, 1, 1], [16, 256, 8], [33, 300, 3], [70, 513, 90], [50, 64, 200]];
+    for ([rows, cols, tokens], digits) in shapes.into_iter().flat_map(of_both) {
+        let count = digits.count();
         let trits: Vec<i8> = (0..rows * cols).map(|i| (i * i % 7 % 3) as i8 - 1).collect();
         let row_bytes = Layout::P2.row_bytes(cols);
         let mut bytes = vec![0u8; rows * row_bytes];
@@ -119,25 +124,25 @@ fn gradients_of_inputs_are_the_definition_bit_for_bit() {
         let g = gradients(tokens * cols, 9);
         let mut want = Vec::new();
         for row in g.chunks_exact(cols) {
-            let (ints, step) = definition(row);
+            let (ints, step) = definition(digits, row);
             for trits in trits.chunks_exact(cols) {
                 let products = ints.iter().copied().zip(trits.iter().map(|&t| i64::from(t)));
-                want.push(sum(products) * (step * 0.07));
+                want.push(sum(digits, products) * (step * 0.07));
             }
         }
         for kernels in Kernels::all() {
             let mut x = QuantizedTokens::default();
-            x.resize(DIGITS * tokens, cols);
+            x.resize(count * tokens, cols);
             x.q.fill(99);
             for (t, row) in g.chunks_exact(cols).enumerate() {
-                let all = t * DIGITS..(t + 1) * DIGITS;
+                let all = t * count..(t + 1) * count;
                 let q = &mut x.q[all.start * x.stride..all.end * x.stride];
-                let (step, sums) = kernels.digits(row, q);
-                x.scales[all.clone()].fill(step);
-                x.sums[all].copy_from_slice(&sums);
+                let step = kernels.digits(digits, row, q, &mut x.sums[all.clone()]);
+                x.scales[all].fill(step);
             }
             let mut out = vec![f32::NAN; tokens * rows];
-            kernels.ternary_matmul_fixed(w, x.view(), MatMut::new(&mut out, tokens, rows));
+            let view = MatMut::new(&mut out, tokens, rows);
+            kernels.ternary_matmul_fixed(digits, w, x.view(), view);
             let same = out.iter().zip(&want).all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "{} [{rows}, {cols}] {tokens} tokens", kernels.name());
         }
@@ -148,18 +153,18 @@ fn gradients_of_inputs_are_the_definition_bit_for_bit() {
 #[test]
 fn what_is_lost_is_half_a_step() {
     let terms = gradients(4000, 3);
-    let (_, step) = definition(&terms);
-    let mut q = vec![0i8; DIGITS * 4032];
-    for kernels in Kernels::all() {
-        let (found, sums) = kernels.digits(&terms, &mut q);
-        assert_eq!(found, step);
-        for d in 0..DIGITS {
-            let row = &q[d * 4032..][..4032];
-            assert_eq!(sums[d], row.iter().map(|&q| i32::from(q)).sum::<i32>());
+    for (kernels, digits) in Kernels::all().into_iter().flat_map(of_both) {
+        let (_, want) = definition(digits, &terms);
+        let count = digits.count();
+        let (mut q, mut sums) = (vec![0i8; count * 4032], vec![0; count]);
+        let step = kernels.digits(digits, &terms, &mut q, &mut sums);
+        assert_eq!(step, want);
+        for (q, sum) in q.chunks_exact(4032).zip(sums) {
+            assert_eq!(sum, q.iter().map(|&q| i32::from(q)).sum::<i32>());
         }
+        let step = f64::from(step);
         for (i, x) in terms.iter().enumerate() {
-            let v: i32 = (0..DIGITS).map(|d| i32::from(q[d * 4032 + i]) << (8 * d)).sum();
-            let step = f64::from(step);
+            let v: i32 = (0..count).map(|d| i32::from(q[d * 4032 + i]) << (8 * d)).sum();
             let lost = (f64::from(v) * step - f64::from(*x)).abs();
             let bound = 0.5 * step + f64::from(x.abs()) * 2f64.powi(-23);
             assert!(lost <= bound, "{}: {lost} of {x}, bound {bound}", kernels.name());
@@ -178,14 +183,14 @@ fn what_is_not_finite_shows_and_what_is_tiny_is_zero() {
             g[4] = bad;
             let mut out = vec![1.0f32; 40];
             let left = MatRef::new(&g, 6, 2, 2).t();
-            kernels.fixed_product(left, acts, MatMut::new(&mut out, 2, 20), false);
+            kernels.fixed_product(Digits::Three, left, acts, MatMut::new(&mut out, 2, 20), false);
             match value {
                 None => assert!(out[..20].iter().all(|x| x.is_nan()), "{bad}: {:?}", &out[..20]),
                 Some(value) => assert!(out[..20].iter().all(|&x| x == value)),
             }
             assert!(out[20..].iter().all(|&x| x == 0.0), "{:?}", &out[20..]);
-            let mut q = vec![0i8; DIGITS * 64];
-            let (step, _) = kernels.digits(&[0.5, bad, -1.0, 0.0][1..], &mut q);
+            let (mut q, mut sums) = (vec![0i8; 3 * 64], [0; 3]);
+            let step = kernels.digits(Digits::Three, &[bad, 1e-39], &mut q, &mut sums);
             assert_eq!(step.is_nan(), value.is_none());
         }
     }
@@ -203,17 +208,23 @@ fn the_largest_sums_are_exact() {
         x.q.fill(0);
         (0..tokens).for_each(|t| x.q[t * x.stride..][..cols].fill(127 * sign));
         let mut g = vec![second; tokens * rows];
-        g[..rows].fill(LARGEST);
+        g[..rows].fill(largest(3));
         let want = {
-            let ints = std::iter::once(LARGEST).chain(std::iter::repeat_n(second, tokens - 1));
-            sum(ints.map(|v| (v as i64, 127 * i64::from(sign))))
+            let ints = std::iter::once(largest(3)).chain(std::iter::repeat_n(second, tokens - 1));
+            sum(Digits::Three, ints.map(|v| (v as i64, 127 * i64::from(sign))))
         };
         for kernels in Kernels::all() {
             let lines = packed(kernels, &x, cols);
             let acts = PackedActs::new(&lines, &x.scales, cols);
             let mut out = vec![0.0f32; rows * cols];
             let left = MatRef::new(&g, tokens, rows, rows).t();
-            kernels.fixed_product(left, acts, MatMut::new(&mut out, rows, cols), false);
+            kernels.fixed_product(
+                Digits::Three,
+                left,
+                acts,
+                MatMut::new(&mut out, rows, cols),
+                false,
+            );
             assert!(out.iter().all(|&x| x == want), "{}: {} and {want}", kernels.name(), out[0]);
         }
     }

@@ -2,6 +2,7 @@
 
 use bitnet_core::quantizer::{Granularity, hadamard_block};
 use bitnet_core::{ActivationQuantizer, ModelConfig, WeightQuantizer, WeightScheme, names};
+use bitnet_kernels::Digits;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use super::bf16;
@@ -34,15 +35,19 @@ pub struct LinearRecipe {
 /// What the products of the backward pass are computed with, where those of the forward
 /// pass are integer ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Gradients {
-    /// Floats: chains of fused multiply-adds.
-    Float,
-    /// Integers of 24 bits ([`bitnet_kernels::DIGITS`] digits): as exact, and faster where
-    /// an instruction multiplies four times as many bytes as floats.
-    Fixed,
-    /// Those of the inputs with int8 (SwitchBack, arXiv:2304.13013), those of the weights
-    /// as `Fixed`.
-    Int8,
+pub struct Gradients {
+    /// Integers with so many digits ([`bitnet_kernels::Digits`]), faster where an
+    /// instruction multiplies four times as many bytes as floats; none: chains of fused
+    /// multiply-adds of floats.
+    pub digits: Option<Digits>,
+    /// Whether the gradients of the inputs are products with int8 (SwitchBack,
+    /// arXiv:2304.13013) instead.
+    pub int8_inputs: bool,
+}
+
+impl Gradients {
+    /// Floats.
+    pub const FLOAT: Self = Self { digits: None, int8_inputs: false };
 }
 
 impl LinearRecipe {
@@ -53,7 +58,7 @@ impl LinearRecipe {
         rotate: false,
         keep: 1.0,
         blend: 1.0,
-        gradients: Gradients::Float,
+        gradients: Gradients::FLOAT,
         bf16: false,
     };
 
@@ -66,7 +71,7 @@ impl LinearRecipe {
             rotate: config.rotates(linear),
             keep: config.keeps(linear),
             blend: 1.0,
-            gradients: Gradients::Float,
+            gradients: Gradients::FLOAT,
             bf16: false,
         }
     }

@@ -236,7 +236,7 @@ mod tests {
                             rotate,
                             keep: 1.0,
                             blend,
-                            gradients: Gradients::Float,
+                            gradients: Gradients::FLOAT,
                             bf16: false,
                         });
                     }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use bitnet_core::ternary::{self, inv_weight_scale};
 use bitnet_core::{Layout, WeightScheme};
 use bitnet_kernels::{
-    DIGITS, FIXED_DEPTH, Line, MatMut, MatRef, PACK_DEPTH, PackSource, PackedActs, PackedRef,
+    Digits, FIXED_DEPTH, Line, MatMut, MatRef, PACK_DEPTH, PackSource, PackedActs, PackedRef,
     QuantizedTokens, TernaryRows, TokensRef, Unit, packed_acts_len, packed_len,
 };
 use rayon::prelude::*;
@@ -382,23 +382,22 @@ enum BackwardKind {
     /// The weights turned, `[K, ΣN]`, packed.
     Integer {
         turned: Scratch<u8>,
-        /// How often a token's gradient is there: once, as int8 (SwitchBack,
-        /// arXiv:2304.13013), or as its digits.
-        digits: usize,
+        /// The digits of a token's gradient; none: it is quantised to int8 (SwitchBack,
+        /// arXiv:2304.13013).
+        digits: Option<Digits>,
     },
 }
 
 impl<'a> Backward<'a> {
     pub(super) fn new(weights: &'a [&'a Weights], recipe: LinearRecipe) -> Self {
         let (cols, width) = (weights[0].cols, weights.iter().map(|w| w.rows).sum());
-        let integer = |digits| BackwardKind::Integer { turned: turn(weights, width), digits };
-        let kind = match recipe.gradients {
-            Gradients::Fixed if !recipe.is_float() => integer(DIGITS),
-            Gradients::Int8 if !recipe.is_float() => integer(1),
-            _ => {
-                let sources: Vec<Packing<'_>> = weights.iter().map(|w| w.packing()).collect();
-                BackwardKind::Float(Packed::all(&sources))
-            }
+        let Gradients { digits, int8_inputs } = recipe.gradients;
+        let kind = if (int8_inputs || digits.is_some()) && !recipe.is_float() {
+            let digits = digits.filter(|_| !int8_inputs);
+            BackwardKind::Integer { turned: turn(weights, width), digits }
+        } else {
+            let sources: Vec<Packing<'_>> = weights.iter().map(|w| w.packing()).collect();
+            BackwardKind::Float(Packed::all(&sources))
         };
         Self { weights, kind, cols, width }
     }
@@ -424,9 +423,10 @@ impl<'a> Backward<'a> {
 
     /// The same with the gradient of every token as integers. The scales of the weights
     /// are multiplied in first, so that one scale serves all layers.
-    fn chunk_integer(&self, turned: &[u8], digits: usize, grad: &[f32], out: &mut [f32]) {
+    fn chunk_integer(&self, turned: &[u8], digits: Option<Digits>, grad: &[f32], out: &mut [f32]) {
         let (tokens, width) = (out.len() / self.cols, self.width);
-        let mut x = Input::any(tokens * digits, width, true);
+        let count = digits.map_or(1, Digits::count);
+        let mut x = Input::any(tokens * count, width, true);
         let Input::Int8(all) = &mut x else { unreachable!("the input is int8") };
         let mut scaled = Scratch::any(width);
         for (t, grad) in grad.chunks_exact(width).enumerate() {
@@ -437,22 +437,21 @@ impl<'a> Backward<'a> {
                 kernels().scaled(own, w.ternary().weight_scale, own_to);
                 (from, to) = (right, right_to);
             }
-            let rows = t * digits..(t + 1) * digits;
+            let rows = t * count..(t + 1) * count;
             let q = &mut all.q[rows.start * all.stride..rows.end * all.stride];
-            if digits == 1 {
-                (all.scales[t], all.sums[t]) = kernels().quantize_gradient(&scaled, q);
-            } else {
-                let (step, sums) = kernels().digits(&scaled, q);
-                all.scales[rows.clone()].fill(step);
-                all.sums[rows].copy_from_slice(&sums);
+            match digits {
+                None => (all.scales[t], all.sums[t]) = kernels().quantize_gradient(&scaled, q),
+                Some(digits) => {
+                    let step = kernels().digits(digits, &scaled, q, &mut all.sums[rows.clone()]);
+                    all.scales[rows].fill(step);
+                }
             }
         }
         let rows = TernaryRows { layout: LAYOUT, cols: width, weight_scale: 1.0, bytes: turned };
         let out = MatMut::new(out, tokens, self.cols);
-        if digits == 1 {
-            kernels().ternary_matmul(rows, all.view(), out);
-        } else {
-            kernels().ternary_matmul_fixed(rows, all.view(), out);
+        match digits {
+            None => kernels().ternary_matmul(rows, all.view(), out),
+            Some(digits) => kernels().ternary_matmul_fixed(digits, rows, all.view(), out),
         }
     }
 }
@@ -533,34 +532,37 @@ pub(super) struct WeightGradients<'a> {
 /// The input of layers as the right operand of their weights' gradient.
 enum Right<'a> {
     Float(Packed),
-    Fixed { lines: Scratch<Line>, tokens: TokensRef<'a>, cols: usize },
+    Fixed { digits: Digits, lines: Scratch<Line>, tokens: TokensRef<'a>, cols: usize },
 }
 
 impl<'a> Right<'a> {
     /// Packs the inputs of some layers, each with its columns and recipe.
     fn all<const J: usize>(inputs: [(InputRef<'a>, usize, LinearRecipe); J]) -> Vec<Self> {
-        let is_fixed = |recipe: LinearRecipe| recipe.gradients != Gradients::Float;
+        let fixed = |x: InputRef<'a>, recipe: LinearRecipe| match x {
+            InputRef::Int8(tokens) => recipe.gradients.digits.map(|digits| (tokens, digits)),
+            InputRef::Float(_) => None,
+        };
         let sources: Vec<Packing<'_>> = inputs
             .iter()
-            .filter(|(x, _, recipe)| !(matches!(x, InputRef::Int8(_)) && is_fixed(*recipe)))
+            .filter(|(x, _, recipe)| fixed(*x, *recipe).is_none())
             .map(|(x, cols, _)| x.packing(*cols))
             .collect();
         let mut floats = Packed::all(&sources).into_iter();
         let mut all: Vec<Self> = inputs
             .iter()
-            .filter_map(|&(x, cols, recipe)| match x {
-                InputRef::Int8(tokens) if is_fixed(recipe) => {
+            .filter_map(|&(x, cols, recipe)| match fixed(x, recipe) {
+                Some((tokens, digits)) => {
                     let lines = Scratch::any(packed_acts_len(tokens.len(), cols));
-                    Some(Self::Fixed { lines, tokens, cols })
+                    Some(Self::Fixed { digits, lines, tokens, cols })
                 }
-                _ => floats.next().map(Self::Float),
+                None => floats.next().map(Self::Float),
             })
             .collect();
         /// Columns of a task: two panels.
         const COLS: usize = 64;
         let mut tasks = Vec::new();
         for right in &mut all {
-            let Self::Fixed { lines, tokens, cols } = right else { continue };
+            let Self::Fixed { lines, tokens, cols, .. } = right else { continue };
             let blocks = lines.chunks_mut(packed_acts_len(FIXED_DEPTH, *cols));
             for (i, block) in blocks.enumerate() {
                 let end = tokens.len().min((i + 1) * FIXED_DEPTH);
@@ -577,9 +579,9 @@ impl<'a> Right<'a> {
     fn product(&self, grad: MatRef<'_>, out: MatMut<'_, f32>, add: bool) {
         match self {
             Self::Float(packed) => kernels().float_product(grad, packed.view(), out, add),
-            Self::Fixed { lines, tokens, cols } => {
+            Self::Fixed { digits, lines, tokens, cols } => {
                 let acts = PackedActs::new(lines, tokens.scales, *cols);
-                kernels().fixed_product(grad, acts, out, add);
+                kernels().fixed_product(*digits, grad, acts, out, add);
             }
         }
     }
@@ -713,7 +715,8 @@ mod tests {
     fn int8_gradients_of_inputs_are_near_the_exact_ones() {
         let (tokens, cols, rows) = (5, 300, [70, 33]);
         let exact = recipes()[0];
-        let int8 = LinearRecipe { gradients: Gradients::Int8, ..exact };
+        let int8 =
+            LinearRecipe { gradients: Gradients { digits: None, int8_inputs: true }, ..exact };
         let masters = [0, 1].map(|i| {
             let data = random([rows[i], cols], 0.05 * (1 + i) as f32, 3 + i as u64);
             data.try_to_vec::<f32>().unwrap()
@@ -766,7 +769,7 @@ pub(super) mod testing {
             rotate: false,
             keep: 1.0,
             blend: 1.0,
-            gradients: Gradients::Float,
+            gradients: Gradients::FLOAT,
             bf16: false,
         };
         vec![
