@@ -211,14 +211,17 @@ mod tests {
 
     #[test]
     fn gradients_agree_between_the_versions() {
-        check_gradients(
-            [random([70, 96], 2.0, 1), random([33, 96], 0.05, 2)],
-            |[x, w]| bit_linear(x, w, recipe(WeightScheme::B158)),
-            |[x, w]| plain(x, w, recipe(WeightScheme::B158)),
-            // Sums of 33 and 70 products in another order, and one more rounding of
-            // scale and reciprocal in the plain version.
-            2e-6,
-        );
+        for gradients in [recipes()[0].gradients, recipes()[3].gradients] {
+            let recipe = LinearRecipe { gradients, ..recipe(WeightScheme::B158) };
+            check_gradients(
+                [random([70, 96], 2.0, 1), random([33, 96], 0.05, 2)],
+                |[x, w]| bit_linear(x, w, recipe),
+                |[x, w]| plain(x, w, recipe),
+                // Sums of 33 and 70 products in another order, and one more rounding of
+                // scale and reciprocal in the plain version.
+                2e-6,
+            );
+        }
     }
 
     #[test]

@@ -14,6 +14,9 @@ use burn::backend::{
     Autodiff, BackendTensor, DispatchKindConversion, DispatchTensor, Flex, TensorMetadata,
 };
 use burn::tensor::{Bytes, DType, Device, Shape, Tensor};
+
+use super::scratch;
+
 /// The kernels of this machine, chosen once (`BITNET_ISA` forces a path; an
 /// unusable name was refused when the program started).
 pub(crate) fn kernels() -> Kernels {
@@ -43,9 +46,10 @@ impl InnerMost for Device {
 pub(crate) struct Buffer(FlexTensor);
 
 impl Buffer {
-    fn new(tensor: &FlexTensor) -> Self {
+    fn contiguous(tensor: FlexTensor) -> Self {
         assert_eq!(tensor.dtype(), DType::F32, "fused operations take f32");
-        Self(tensor.to_contiguous())
+        let as_is = tensor.is_contiguous() && tensor.layout().start_offset() == 0;
+        Self(if as_is { tensor } else { tensor.to_contiguous() })
     }
 
     /// That of a tensor on the CPU device without autodiff.
@@ -53,12 +57,27 @@ impl Buffer {
     /// # Panics
     /// If it is on another device.
     pub(crate) fn of<const D: usize>(tensor: Tensor<D>) -> Self {
-        Self::new(&plain_primitive(tensor.into_dispatch()))
+        Self::contiguous(plain_primitive(tensor.into_dispatch()))
     }
 
     /// The elements.
     pub(crate) fn data(&self) -> &[f32] {
         &self.0.storage::<f32>()[..self.0.layout().num_elements()]
+    }
+}
+
+/// The memory of the last of its owners waits to be used again.
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let all = self.0.bytes().len() == self.0.layout().num_elements() * size_of::<f32>();
+        if !(all && self.0.is_unique()) {
+            return;
+        }
+        let tensor = std::mem::replace(&mut self.0, FlexTensor::empty([0].into(), DType::F32));
+        let (bytes, _, _) = tensor.into_data().into_parts();
+        if let Ok(values) = bytes.try_into_vec::<f32>() {
+            scratch::give(values);
+        }
     }
 }
 
@@ -71,6 +90,9 @@ pub(crate) trait CpuOp<const N: usize>: fmt::Debug + Clone + Send + Sync + 'stat
     /// What the backward pass needs of the forward pass.
     type Saved: Send + Sync + 'static;
 
+    /// Whether the gradient of the only input is that of the output.
+    const PASSES: bool = false;
+
     /// The output, and what to save where `track` says a gradient will be asked for.
     fn forward(&self, inputs: [Buffer; N], track: bool) -> (Vec<f32>, Option<Self::Saved>);
 
@@ -81,6 +103,16 @@ pub(crate) trait CpuOp<const N: usize>: fmt::Debug + Clone + Send + Sync + 'stat
         grad: &[f32],
         wanted: [bool; N],
     ) -> [Option<Vec<f32>>; N];
+
+    /// The same where nothing else needs what was saved.
+    fn last_backward(
+        &self,
+        saved: Self::Saved,
+        grad: &[f32],
+        wanted: [bool; N],
+    ) -> [Option<Vec<f32>>; N] {
+        self.backward(&saved, grad, wanted)
+    }
 }
 
 /// The saved state in burn's graph, which wants it cloneable and printable.
@@ -114,10 +146,21 @@ impl<const N: usize, O: CpuOp<N>> Backward<Flex, N> for Step<O> {
         grads: &mut Gradients,
         _checkpointer: &mut Checkpointer,
     ) {
-        let grad = Buffer::new(&grads.consume::<Flex>(&ops.node));
+        let grad = grads.consume::<Flex>(&ops.node);
+        if O::PASSES {
+            if let Some(Some(parent)) = ops.parents.into_iter().next() {
+                grads.register::<Flex>(parent.id, grad);
+            }
+            return;
+        }
+        let grad = Buffer::contiguous(grad);
         let wanted = ops.parents.each_ref().map(Option::is_some);
-        let inputs = self.0.backward(&ops.state.saved, grad.data(), wanted);
-        let parents = ops.parents.into_iter().zip(inputs).zip(ops.state.shapes);
+        let State { saved, shapes } = ops.state;
+        let inputs = match Arc::try_unwrap(saved) {
+            Ok(saved) => self.0.last_backward(saved, grad.data(), wanted),
+            Err(saved) => self.0.backward(&saved, grad.data(), wanted),
+        };
+        let parents = ops.parents.into_iter().zip(inputs).zip(shapes);
         for ((parent, grad), shape) in parents {
             if let (Some(parent), Some(grad)) = (parent, grad) {
                 grads.register::<Flex>(parent.id, flex(grad, shape));
@@ -139,7 +182,7 @@ pub(crate) fn apply<const N: usize, const D: usize, O: CpuOp<N>>(
 ) -> Tensor<D> {
     let shape = Shape::from(shape);
     if !autodiff {
-        let inputs = inputs.map(|t| Buffer::new(&plain_primitive(t)));
+        let inputs = inputs.map(|t| Buffer::contiguous(plain_primitive(t)));
         let (output, _) = op.forward(inputs, false);
         let output: BackendTensor<Flex> = BackendTensor::Float(flex(output, shape));
         return Tensor::from_dispatch(DispatchTensor::from_backend(output));
@@ -152,7 +195,7 @@ pub(crate) fn apply<const N: usize, const D: usize, O: CpuOp<N>>(
     });
     let shapes = tensors.each_ref().map(|t| t.primitive().shape());
     let nodes = tensors.each_ref().map(|t| t.node());
-    let buffers = tensors.map(|t| Buffer::new(&t.into_primitive()));
+    let buffers = tensors.map(|t| Buffer::contiguous(t.into_primitive()));
     let prepared = Step(op.clone()).prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
     let output = match prepared {
         OpsKind::Tracked(prep) => {

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::cpu::{Buffer, CpuOp, apply, is_cpu};
+use super::scratch::Scratch;
 
 /// Elements that one task takes.
 const CHUNK: usize = 16 * 1024;
@@ -36,12 +37,14 @@ struct Round(Dtype);
 impl CpuOp<1> for Round {
     type Saved = ();
 
+    const PASSES: bool = true;
+
     fn forward(&self, [weight]: [Buffer; 1], track: bool) -> (Vec<f32>, Option<()>) {
-        let mut out = vec![0.0f32; weight.data().len()];
+        let mut out = Scratch::any(weight.data().len());
         out.par_chunks_mut(CHUNK).zip(weight.data().par_chunks(CHUNK)).for_each(|(out, x)| {
             round_slice(self.0, x, out);
         });
-        (out, track.then_some(()))
+        (out.into_vec(), track.then_some(()))
     }
 
     fn backward(&self, (): &(), grad: &[f32], _wanted: [bool; 1]) -> [Option<Vec<f32>>; 1] {
@@ -100,20 +103,21 @@ impl CpuOp<1> for Embed {
     type Saved = usize;
 
     fn forward(&self, [weight]: [Buffer; 1], track: bool) -> (Vec<f32>, Option<usize>) {
-        let mut out = vec![0.0f32; self.tokens.len() * self.cols];
+        let mut out = Scratch::any(self.tokens.len() * self.cols);
         for (out, &token) in out.chunks_exact_mut(self.cols).zip(&self.tokens) {
             out.copy_from_slice(&weight.data()[token * self.cols..(token + 1) * self.cols]);
         }
-        (out, track.then_some(weight.data().len()))
+        (out.into_vec(), track.then_some(weight.data().len()))
     }
 
     fn backward(&self, &len: &usize, grad: &[f32], _wanted: [bool; 1]) -> [Option<Vec<f32>>; 1] {
-        let mut dweight = vec![0.0f32; len];
+        let mut dweight = Scratch::any(len);
+        dweight.par_chunks_mut(CHUNK).for_each(|part| part.fill(0.0));
         for (grad, &token) in grad.chunks_exact(self.cols).zip(&self.tokens) {
             let row = &mut dweight[token * self.cols..(token + 1) * self.cols];
             row.iter_mut().zip(grad).for_each(|(d, g)| *d += g);
         }
-        [Some(dweight)]
+        [Some(dweight.into_vec())]
     }
 }
 

@@ -351,12 +351,25 @@ impl CpuOp<2> for LanguageLoss {
         grad: &[f32],
         wanted: [bool; 2],
     ) -> [Option<Vec<f32>>; 2] {
-        let scaled = |values: &[f32]| {
-            let mut out = scratch::copy(values);
-            out.par_chunks_mut(CHUNK).for_each(|out| kernels().scale(out, grad[0]));
-            out
+        let copy = |values: &[f32]| Scratch::from(scratch::copy(values));
+        let copies = Gradients { hidden: copy(&saved.hidden), weight: copy(&saved.weight) };
+        self.last_backward(copies, grad, wanted)
+    }
+
+    fn last_backward(
+        &self,
+        saved: Gradients,
+        grad: &[f32],
+        wanted: [bool; 2],
+    ) -> [Option<Vec<f32>>; 2] {
+        let scaled = |mut values: Scratch<f32>| {
+            if grad[0] != 1.0 {
+                values.par_chunks_mut(CHUNK).for_each(|part| kernels().scale(part, grad[0]));
+            }
+            values.into_vec()
         };
-        [wanted[0].then(|| scaled(&saved.hidden)), wanted[1].then(|| scaled(&saved.weight))]
+        let Gradients { hidden, weight } = saved;
+        [wanted[0].then(|| scaled(hidden)), wanted[1].then(|| scaled(weight))]
     }
 }
 

@@ -709,6 +709,84 @@ mod tests {
     use super::*;
     use crate::ops::cpu::testing::random;
 
+    /// Two layers that read one input.
+    fn two_layers(rows: [usize; 2], cols: usize) -> Vec<Weights> {
+        let masters = [0, 1].map(|i| {
+            let data = random([rows[i], cols], 0.05 * (1 + i) as f32, 3 + i as u64);
+            data.try_to_vec::<f32>().unwrap()
+        });
+        let scheme = recipes()[0].weights;
+        let packed = masters.each_ref().map(|w| pack_weights(&[(w, cols, scheme)]));
+        packed
+            .into_iter()
+            .zip(rows)
+            .map(|(mut packed, rows)| {
+                let (bytes, scale) = packed.pop().unwrap();
+                Weights { rows, cols, kind: WeightsKind::Ternary { bytes, scale } }
+            })
+            .collect()
+    }
+
+    /// Half a step, times the magnitudes that it meets, and what f32 rounds.
+    #[test]
+    fn gradients_in_fixed_point_are_within_half_a_step_of_the_exact_ones() {
+        let (tokens, cols, rows) = (600, 300, [70, 33]);
+        let weights = two_layers(rows, cols);
+        let weights: Vec<&Weights> = weights.iter().collect();
+        let width: usize = rows.iter().sum();
+        let mut x = Input::any(tokens, cols, true);
+        let activations = random([tokens, cols], 3.0, 4).try_to_vec::<f32>().unwrap();
+        for part in &mut x.chunks_mut(cols, tokens) {
+            part.fill(cols, |t, q, _| {
+                kernels().quantize(&activations[t * cols..][..cols], q.unwrap())
+            });
+        }
+        let grad = random([tokens, width], 1e-6, 9).try_to_vec::<f32>().unwrap();
+        let Input::Int8(q) = &x else { unreachable!() };
+        let value = |t: usize, k: usize| f64::from(q.q[t * q.stride + k]);
+        let mut trits = Vec::new();
+        for w in &weights {
+            let mut own = vec![0i8; cols];
+            for bytes in w.ternary().bytes.chunks_exact(LAYOUT.row_bytes(cols)) {
+                LAYOUT.unpack_row(bytes, &mut own).unwrap();
+                let scale = f64::from(w.ternary().weight_scale);
+                trits.extend(own.iter().map(|&t| f64::from(t) * scale));
+            }
+        }
+        for (digits, bits) in [(Digits::Two, 127.0 * 256.0), (Digits::Three, 127.0 * 65536.0)] {
+            let gradients = Gradients { digits: Some(digits), int8_inputs: false };
+            let recipe = LinearRecipe { gradients, ..recipes()[0] };
+            let dweights = backward_weights(&grad, &x, &weights, recipe).concat();
+            let scale = |t: usize| f64::from(q.scales[t]);
+            let largest = (0..tokens).map(scale).fold(0.0, f64::max) * 1e-6;
+            for (at, got) in dweights.iter().enumerate() {
+                let (n, k) = (at / cols, at % cols);
+                let term = |t: usize| f64::from(grad[t * width + n]) * scale(t) * value(t, k);
+                let exact: f64 = (0..tokens).map(term).sum();
+                let met: f64 = (0..tokens).map(|t| value(t, k).abs()).sum();
+                let sizes: f64 = (0..tokens).map(|t| term(t).abs()).sum();
+                let bound = 0.5 * largest / bits * met + 4.0 * 2f64.powi(-24) * sizes;
+                let off = (f64::from(*got) - exact).abs();
+                assert!(off <= bound, "{digits:?}: {got} and {exact}, bound {bound}");
+            }
+            let dx = backward_input(&grad, &weights, recipe);
+            for (at, got) in dx.iter().enumerate() {
+                let (t, k) = (at / cols, at % cols);
+                let term = |n: usize| f64::from(grad[t * width + n]) * trits[n * cols + k];
+                let exact: f64 = (0..width).map(term).sum();
+                let met = (0..width).map(|n| trits[n * cols + k].abs()).sum::<f64>();
+                let sizes: f64 = (0..width).map(|n| term(n).abs()).sum();
+                // The step is that of gradients times scales: the larger layer's counts.
+                let ratio = f64::from(weights[0].ternary().weight_scale)
+                    / f64::from(weights[1].ternary().weight_scale);
+                let bound =
+                    0.5 * 1e-6 / bits * met * ratio.max(1.0 / ratio) + 4.0 * 2f64.powi(-24) * sizes;
+                let off = (f64::from(*got) - exact).abs();
+                assert!(off <= bound, "{digits:?}: {got} and {exact}, bound {bound}");
+            }
+        }
+    }
+
     /// Within the rounding of the gradient to int8: half of 1/127 of its largest
     /// magnitude, times the magnitudes of the weights it meets.
     #[test]
@@ -717,19 +795,7 @@ mod tests {
         let exact = recipes()[0];
         let int8 =
             LinearRecipe { gradients: Gradients { digits: None, int8_inputs: true }, ..exact };
-        let masters = [0, 1].map(|i| {
-            let data = random([rows[i], cols], 0.05 * (1 + i) as f32, 3 + i as u64);
-            data.try_to_vec::<f32>().unwrap()
-        });
-        let packed = masters.each_ref().map(|w| pack_weights(&[(w, cols, exact.weights)]));
-        let weights: Vec<Weights> = packed
-            .into_iter()
-            .zip(rows)
-            .map(|(mut packed, rows)| {
-                let (bytes, scale) = packed.pop().unwrap();
-                Weights { rows, cols, kind: WeightsKind::Ternary { bytes, scale } }
-            })
-            .collect();
+        let weights = two_layers(rows, cols);
         let weights: Vec<&Weights> = weights.iter().collect();
         // As small as gradients are, and one token without any.
         let mut grad = random([tokens, 103], 1e-6, 9).try_to_vec::<f32>().unwrap();
@@ -754,10 +820,11 @@ pub(super) mod testing {
 
     use bitnet_core::quantizer::{Granularity, ScaleStatistic};
     use bitnet_core::{ActivationQuantizer, WeightQuantizer, WeightScheme};
+    use bitnet_kernels::Digits;
 
     use crate::ops::{Gradients, LinearRecipe};
 
-    /// Ternary, binary and float.
+    /// Ternary, binary and float, and ternary with gradients in fixed point.
     pub(crate) fn recipes() -> Vec<LinearRecipe> {
         let of = |quantizer, activations| LinearRecipe {
             weights: WeightScheme {
@@ -772,10 +839,13 @@ pub(super) mod testing {
             gradients: Gradients::FLOAT,
             bf16: false,
         };
+        let ternary = of(WeightQuantizer::Ternary, ActivationQuantizer::Int8);
+        let gradients = Gradients { digits: Some(Digits::Three), int8_inputs: false };
         vec![
-            of(WeightQuantizer::Ternary, ActivationQuantizer::Int8),
+            ternary,
             of(WeightQuantizer::Binary, ActivationQuantizer::Int8),
             of(WeightQuantizer::None, ActivationQuantizer::None),
+            LinearRecipe { gradients, ..ternary },
         ]
     }
 }

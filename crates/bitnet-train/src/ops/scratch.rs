@@ -13,6 +13,9 @@ use rayon::prelude::*;
 /// Shorter buffers are left to the allocator.
 const SHORTEST: usize = 4096;
 
+/// Most lengths of buffers that wait; a step asks for a few dozen.
+const LENGTHS: usize = 256;
+
 /// Elements that one task copies.
 const CHUNK: usize = 1 << 16;
 
@@ -48,6 +51,12 @@ impl<T: Element> Scratch<T> {
     /// The vector, no longer to be used again.
     pub(crate) fn into_vec(mut self) -> Vec<T> {
         mem::take(&mut self.0)
+    }
+}
+
+impl<T: Element> From<Vec<T>> for Scratch<T> {
+    fn from(values: Vec<T>) -> Self {
+        Self(values)
     }
 }
 
@@ -92,6 +101,10 @@ pub(crate) fn give<T: Element>(buffer: Vec<T>) {
     if buffer.len() >= SHORTEST
         && let Ok(mut waiting) = T::waiting().lock()
     {
+        if waiting.len() >= LENGTHS && !waiting.contains_key(&buffer.len()) {
+            // Whoever asks for ever other sizes gets none of them again.
+            waiting.clear();
+        }
         waiting.entry(buffer.len()).or_default().push(buffer);
     }
 }
