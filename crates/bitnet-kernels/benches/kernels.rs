@@ -13,7 +13,7 @@ use bitnet_core::{Activation, Layout};
 use bitnet_kernels::{
     AttendQuery, DenseRows, Digits, FIXED_DEPTH, Kernels, KvHead, KvHeadInt8Mut, Line,
     LineAllocator, MatMut, MatRef, PACK_DEPTH, PackSource, PackedActs, PackedRef, QuantizedTokens,
-    TernaryRows, Unit, attend_scores_len, key_blocks_len, packed_acts_len, packed_len, store_key,
+    TernaryRows, Unit, attend_scores_len, key_blocks_len, packed_len, store_key,
 };
 use half::f16;
 
@@ -371,9 +371,9 @@ fn fixed() {
         ));
         let out = std::cell::RefCell::new(&mut out);
         for &k in kernels.iter().filter(|k| ["avx512vbmi", "avx2"].contains(&k.name())) {
-            let mut lines = vec![Line::default(); packed_acts_len(count, cols)];
+            let mut lines = vec![Line::default(); k.packed_acts_len(count, cols)];
             let mut units = vec![Unit::default(); packed_len(count, cols)];
-            let blocks = lines.chunks_mut(packed_acts_len(FIXED_DEPTH, cols)).enumerate();
+            let blocks = lines.chunks_mut(k.packed_acts_len(FIXED_DEPTH, cols)).enumerate();
             for (i, block) in blocks {
                 let first = i * FIXED_DEPTH;
                 let block_tokens = x.view().tokens(first, count.min(first + FIXED_DEPTH));

@@ -258,19 +258,9 @@ implement!(Avx2 {
         })
     }
 
-    // Bytes widened to 16 bits, the odd and the even ones apart.
     #[inline(always)]
-    fn dot_bytes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
-        both!(i => {
-            let pair = [a[i], b[i]];
-            let odd = both!(j => op!(self, _mm256_srai_epi16::<8>(pair[j])));
-            let even = both!(j => {
-                op!(self, _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(pair[j])))
-            });
-            let odd = op!(self, _mm256_madd_epi16(odd[0], odd[1]));
-            let even = op!(self, _mm256_madd_epi16(even[0], even[1]));
-            op!(self, _mm256_add_epi32(sums[i], _mm256_add_epi32(odd, even)))
-        })
+    fn dot_lanes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
+        both!(i => op!(self, _mm256_add_epi32(sums[i], _mm256_madd_epi16(a[i], b[i]))))
     }
 
     // A pair is at most 15 · 128 · 2 = 3840, which an i16 holds.
@@ -333,11 +323,11 @@ implement!(AvxVnni {
         both!(i => op!(self, _mm256_dpbusd_avx_epi32(sums[i], w[i], acts[i])))
     }
 
+    const GROUP: usize = 4;
     const UNSIGNED_BYTES: bool = true;
-    const FAST_BYTES: bool = true;
 
     #[inline(always)]
-    fn dot_bytes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
+    fn dot_lanes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
         both!(i => op!(self, _mm256_dpbusd_avx_epi32(sums[i], a[i], b[i])))
     }
 

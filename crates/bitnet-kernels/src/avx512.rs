@@ -42,8 +42,8 @@ macro_rules! implement {
             // 24 accumulators, 3 vectors of codes and a broadcast: 28 of 32.
             const WIDE: bool = true;
             const TILE_TOKENS: usize = 8;
+            const GROUP: usize = 4;
             const UNSIGNED_BYTES: bool = true;
-            const FAST_BYTES: bool = true;
 
             $($own)*
 
@@ -115,7 +115,7 @@ macro_rules! implement {
             }
 
             #[inline(always)]
-            fn dot_bytes(self, sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+            fn dot_lanes(self, sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
                 op!(self, _mm512_dpbusd_epi32(sums, a, b))
             }
 

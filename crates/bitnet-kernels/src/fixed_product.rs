@@ -2,17 +2,17 @@
 //!
 //! One side of such a product is integers: ternary weights, or int8 activations. The
 //! other, the gradient, is rounded to integers of 24 bits, `v = round(g / step)` with
-//! `step = absmax / (127 · 2^16)`, and written with three signed digits of 8 bits:
-//! `v = d0 + 2^8 · d1 + 2^16 · d2`. A product of digits and int8 is a sum of int32, exact
-//! in any order. The sums of the two low digits are joined as integers, and these with
-//! that of the third as f32, one rounding each. With two [`Digits`] the integers have 16
-//! bits, and `step = absmax / (127 · 2^8)`.
+//! `step = absmax / (127 · 2^16)`, or of 16 bits, `absmax / (127 · 2^8)`. Their products are
+//! added exactly, `absmax` being that of the terms which one element adds up, and the sum is
+//! rounded to f32 once. So an element is off by at most half a step times the magnitudes that
+//! it meets, beside the roundings of `g / step` and of the sum: with 24 bits normwise what
+//! a chain of f32 additions loses.
 //!
-//! `absmax` is that of the terms which an element of the product adds up, so that an
-//! element is off by at most half a step times the magnitudes that it meets, beside the
-//! roundings of `g / step` and of the joined sums to f32: with three digits normwise what a
-//! chain of f32 additions loses. Three products of bytes take less time than one of floats
-//! wherever an instruction multiplies four times as many bytes as floats.
+//! How the integers are added up is an instruction set's affair. Where an instruction
+//! multiplies four times as many bytes as floats they have signed digits of 8 bits,
+//! `v = d0 + 2^8 · d1 + 2^16 · d2`, and three products of bytes take less time than one of
+//! floats. Elsewhere the gradients of weights take digits of 12 bits, or one of 16, and
+//! products of 16-bit words, which take as long as floats. Sums of digits fit an i32.
 //!
 //! A gradient that is infinite or not a number makes all that it has a part in NaN; where
 //! `absmax` is less than 2^-100 the terms count as zeros.
@@ -23,7 +23,7 @@ use bitnet_core::Layout;
 
 use crate::float_product::MatRef;
 use crate::isa::{Kernels, dispatch};
-use crate::mat::MatMut;
+use crate::mat::{MatMut, init};
 use crate::panel;
 use crate::product::P2;
 use crate::simd::{Simd, array};
@@ -69,12 +69,6 @@ macro_rules! of_digits {
 /// gradients of one strip lie in the nearest cache.
 pub const FIXED_DEPTH: usize = 512;
 
-/// Tokens in a group: neighbouring bytes of one lane.
-const GROUP: usize = 4;
-
-/// Groups in a block.
-const GROUPS: usize = FIXED_DEPTH / GROUP;
-
 /// Columns in a vector.
 const UNIT: usize = 16;
 
@@ -100,10 +94,10 @@ const SMALLEST: f32 = f32::from_bits((127 - 100) << 23);
 
 /// What makes the digits unsigned: 128 each.
 const fn unsigned(digits: usize) -> i32 {
-    0x80_8080 >> (8 * (3 - digits))
+    0x80_8080 >> (8 * 3usize.saturating_sub(digits))
 }
 
-/// One cache line of packed activations: four tokens of sixteen columns.
+/// One cache line of packed activations: some tokens of sixteen columns.
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub struct Line([u8; 64]);
@@ -112,12 +106,6 @@ impl Default for Line {
     fn default() -> Self {
         Self([0; 64])
     }
-}
-
-/// Lines that the activations of `tokens` tokens occupy, packed.
-#[must_use]
-pub const fn packed_acts_len(tokens: usize, cols: usize) -> usize {
-    tokens.div_ceil(GROUP) * cols.div_ceil(UNIT)
 }
 
 /// Packed activations `[tokens, cols]`, the right operand of a weights' gradient.
@@ -131,23 +119,19 @@ pub struct PackedActs<'a> {
 impl<'a> PackedActs<'a> {
     /// What [`Kernels::pack_acts`] wrote, block after block of [`FIXED_DEPTH`] tokens, and
     /// the scale of every token.
-    ///
-    /// # Panics
-    /// If `data` is not [`packed_acts_len`] long.
     #[must_use]
     pub fn new(data: &'a [Line], scales: &'a [f32], cols: usize) -> Self {
-        assert_eq!(data.len(), packed_acts_len(scales.len(), cols), "packed activations");
         Self { data, scales, cols }
     }
 
     /// The panel of the columns from `col` on of the block from token `first` on, and the
-    /// vectors of a group.
+    /// vectors of a group of `group` tokens.
     #[inline(always)]
-    fn panel(&self, first: usize, col: usize) -> (&'a [Line], usize) {
+    fn panel(&self, group: usize, first: usize, col: usize) -> (&'a [Line], usize) {
         let (width, col) = (self.cols.div_ceil(UNIT), col / UNIT);
-        let groups = FIXED_DEPTH.min(self.scales.len() - first).div_ceil(GROUP);
+        let groups = FIXED_DEPTH.min(self.scales.len() - first).div_ceil(group);
         let own = PANEL.min(width - col);
-        let start = first / GROUP * width + groups * col;
+        let start = first / group * width + groups * col;
         (&self.data[start..start + groups * own], own)
     }
 }
@@ -155,7 +139,7 @@ impl<'a> PackedActs<'a> {
 /// The rounding of gradients whose largest magnitude has these bits: what they are
 /// multiplied by, and the step.
 #[inline(always)]
-fn steps<const D: usize>(absmax: u32) -> (f32, f32) {
+fn steps(digits: usize, absmax: u32) -> (f32, f32) {
     let absmax = f32::from_bits(absmax);
     if !absmax.is_finite() {
         return (0.0, f32::NAN);
@@ -163,7 +147,7 @@ fn steps<const D: usize>(absmax: u32) -> (f32, f32) {
     if absmax < SMALLEST {
         return (0.0, 0.0);
     }
-    (largest(D) / absmax, absmax / largest(D))
+    (largest(digits) / absmax, absmax / largest(digits))
 }
 
 /// `x · inv` to the nearest integer, halves to even; its magnitude is below 2^23. Of
@@ -178,25 +162,40 @@ fn round(x: f32, inv: f32) -> i32 {
     (magnitude ^ sign) - sign
 }
 
-/// Joins the sums of the digits. An i32 holds the two low ones of [`FIXED_DEPTH`] products
-/// with int8 or 2^16 with ternary values; those that are too large by the same amount as
-/// `extra`, on their way, wrap around and back.
+/// Joins the sums of the digits of 8 bits. An i32 holds the two low ones of [`FIXED_DEPTH`]
+/// products with int8 or 2^16 with ternary values; those that are too large by the same
+/// amount as `extra`, on their way, wrap around and back.
 #[inline(always)]
 fn join<const D: usize>(sums: [i32; D], extra: [i32; 2]) -> f32 {
-    let low = sums[0].wrapping_add(sums[1] << 8).wrapping_sub(extra[0]);
-    if D == 2 {
+    let low = sums[0].wrapping_add(sums[1.min(D - 1)] << 8).wrapping_sub(extra[0]);
+    if D < 3 {
         return low as f32;
     }
-    // Exact: at most 2^23, and a power of two.
-    let high = sums[2].wrapping_sub(extra[1]) as f32 * 65536.0;
-    high + low as f32
+    whole(sums[D - 1].wrapping_sub(extra[1]), 65536.0, low)
+}
+
+/// `high · unit + low`, rounded once.
+#[inline(always)]
+fn whole(high: i32, unit: f64, low: i32) -> f32 {
+    (f64::from(high) * unit + f64::from(low)) as f32
 }
 
 impl Kernels {
-    /// Whether products in fixed point take less time than products of floats here.
+    /// Whether gradients in fixed point take less time than products of floats here.
     #[must_use]
     pub fn prefers_fixed_point(self) -> bool {
-        dispatch!(self, isa => fast_bytes(isa))
+        self.group() == 4
+    }
+
+    /// Tokens of a lane.
+    fn group(self) -> usize {
+        dispatch!(self, isa => group(isa))
+    }
+
+    /// Lines that the activations of `tokens` tokens occupy, packed.
+    #[must_use]
+    pub fn packed_acts_len(self, tokens: usize, cols: usize) -> usize {
+        tokens.div_ceil(self.group()) * cols.div_ceil(UNIT)
     }
 
     /// Writes the digits of the gradient of one token, least significant first, zeroes the
@@ -251,7 +250,7 @@ impl Kernels {
     pub fn pack_acts(self, tokens: TokensRef<'_>, col: usize, out: &mut [Line]) {
         assert!(tokens.len() <= FIXED_DEPTH, "{} tokens of a block", tokens.len());
         assert!(col.is_multiple_of(PANEL * UNIT), "a panel begins at {col}");
-        let groups = tokens.len().div_ceil(GROUP).max(1);
+        let groups = tokens.len().div_ceil(self.group()).max(1);
         assert!(
             out.len().is_multiple_of(groups) && col + out.len() / groups * UNIT <= tokens.stride,
             "{} lines of {groups} groups",
@@ -280,16 +279,16 @@ impl Kernels {
         assert!(g.is_transposed(), "gradients lie token by token");
         assert_eq!((g.rows(), acts.cols), (out.rows(), out.cols()), "shapes of a product");
         assert_eq!(g.cols(), acts.scales.len(), "tokens of a product");
-        of_digits!(digits, D => {
-            dispatch!(self, isa => product::<_, D>(isa, g, acts, out, accumulate));
-        });
+        let packed = self.packed_acts_len(g.cols(), acts.cols);
+        assert_eq!(acts.data.len(), packed, "packed activations");
+        dispatch!(self, isa => weights(isa, digits, g, acts, out, accumulate));
     }
 }
 
-/// [`Simd::FAST_BYTES`] of a value.
+/// [`Simd::GROUP`] of a value.
 #[inline(always)]
-fn fast_bytes<S: Simd>(_isa: S) -> bool {
-    S::FAST_BYTES
+fn group<S: Simd>(_isa: S) -> usize {
+    S::GROUP
 }
 
 /// See [`Kernels::ternary_matmul_fixed`].
@@ -309,7 +308,7 @@ fn inputs<S: Simd, const D: usize>(
         |t| {
             // Codes are one more than their weights.
             let own = &x.sums[t * D..][..D];
-            let extra = [own[0].wrapping_add(own[1] << 8), if D == 2 { 0 } else { own[2] }];
+            let extra = [own[0].wrapping_add(own[1] << 8), if D < 3 { 0 } else { own[D - 1] }];
             let scale = x.scales[t * D] * w.weight_scale;
             #[inline(always)]
             move |sums| join::<D>(sums, extra) * scale
@@ -329,7 +328,7 @@ fn write_digits<const D: usize>(
     for v in x {
         absmax = absmax.max(v.abs().to_bits());
     }
-    let (inv, step) = steps::<D>(absmax);
+    let (inv, step) = steps(D, absmax);
     *sums = [0; D];
     let (full, rest) = x.as_chunks::<64>();
     for (i, x) in full.iter().enumerate() {
@@ -364,23 +363,44 @@ fn write_digits<const D: usize>(
 /// See [`Kernels::pack_acts`].
 #[inline(always)]
 fn pack_acts<S: Simd>(_isa: S, tokens: TokensRef<'_>, col: usize, out: &mut [Line]) {
-    let flip = if S::UNSIGNED_BYTES { 0x8080_8080 } else { 0 };
-    let groups = tokens.len().div_ceil(GROUP);
-    let mut col = col;
+    if S::GROUP == 4 {
+        let flip = if S::UNSIGNED_BYTES { 0x8080_8080 } else { 0 };
+        pack_lines::<4>(tokens, col, out, |q| {
+            let byte = array!(4, j => u32::from(q[j] as u8) << (8 * j));
+            (byte[0] | byte[1] | byte[2] | byte[3]) ^ flip
+        });
+    } else {
+        let word = |q: i8, at: u32| u32::from(i16::from(q) as u16) << (16 * at);
+        pack_lines::<2>(tokens, col, out, |q| word(q[0], 0) | word(q[1], 1));
+    }
+}
+
+/// Writes the lanes that `lane` makes of `G` tokens.
+#[inline(always)]
+fn pack_lines<const G: usize>(
+    tokens: TokensRef<'_>,
+    mut col: usize,
+    out: &mut [Line],
+    lane: impl Fn([i8; G]) -> u32,
+) {
+    let groups = tokens.len().div_ceil(G);
     for panel in out.chunks_mut(groups * PANEL) {
         let own = panel.len() / groups;
         for (g, lines) in panel.chunks_exact_mut(own).enumerate() {
             for (u, line) in lines.iter_mut().enumerate() {
                 let from = col + u * UNIT;
-                let rows = array!(GROUP, j => {
-                    let token = GROUP * g + j;
-                    let row = (token < tokens.len()).then(|| &tokens.token(token)[from..]);
-                    row.and_then(|row| row.first_chunk::<UNIT>()).unwrap_or(&[0; UNIT])
-                });
+                // A group's last tokens may not be there.
+                let mut rows = [&[0i8; UNIT]; G];
+                for (j, row) in rows.iter_mut().enumerate() {
+                    let token = G * g + j;
+                    if token < tokens.len()
+                        && let Some(own) = tokens.token(token)[from..].first_chunk::<UNIT>()
+                    {
+                        *row = own;
+                    }
+                }
                 for (c, word) in line.0.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    let byte = array!(GROUP, j => u32::from(rows[j][c] as u8) << (8 * j));
-                    let bytes = byte[0] | byte[1] | byte[2] | byte[3];
-                    *word = (bytes ^ flip).to_le_bytes();
+                    *word = lane(array!(G, j => rows[j][c])).to_le_bytes();
                 }
             }
         }
@@ -388,21 +408,49 @@ fn pack_acts<S: Simd>(_isa: S, tokens: TokensRef<'_>, col: usize, out: &mut [Lin
     }
 }
 
-/// The digits of some rows of the left operand, in strips of [`STRIP`] rows.
-type Strip<const D: usize> = [[[u32; STRIP]; D]; GROUPS];
+/// See [`Kernels::fixed_product`].
+#[inline(always)]
+fn weights<S: Simd>(
+    isa: S,
+    digits: Digits,
+    g: MatRef<'_>,
+    acts: PackedActs<'_>,
+    out: MatMut<'_, f32>,
+    accumulate: bool,
+) {
+    match (digits, S::GROUP) {
+        (Digits::Two, 4) => product::<S, 2, 4>(isa, g, acts, out, accumulate),
+        (Digits::Three, 4) => product::<S, 3, 4>(isa, g, acts, out, accumulate),
+        (Digits::Two, _) => product::<S, 1, 2>(isa, g, acts, out, accumulate),
+        (Digits::Three, _) => product::<S, 2, 2>(isa, g, acts, out, accumulate),
+    }
+}
+
+/// Digits of 8 bits that a gradient has whose lanes hold `D` parts of `G` tokens.
+const fn digits_of(parts: usize, group: usize) -> usize {
+    if group == 4 { parts } else { parts + 1 }
+}
+
+/// Lanes of a row of the left operand, at most: three bytes of every fourth token or two
+/// words of every second.
+const MOST: usize = FIXED_DEPTH;
+
+/// A lane of every row of a strip.
+type Lanes = [u32; STRIP];
 
 /// The left operand of a block, on the stack.
 #[repr(align(64))]
-struct Block<const D: usize> {
-    strips: [MaybeUninit<Strip<D>>; BLOCK_ROWS / STRIP],
+struct Block {
+    /// In strips of [`STRIP`] rows, `[groups, parts]` each.
+    lanes: [MaybeUninit<Lanes>; BLOCK_ROWS / STRIP * MOST],
     /// Of every row the step, and the sums of its two low digits and of the third.
     steps: [f32; BLOCK_ROWS],
     sums: [[i32; 2]; BLOCK_ROWS],
 }
 
-/// See [`Kernels::fixed_product`].
+/// See [`Kernels::fixed_product`]; lanes hold `D` parts of `G` tokens.
 #[inline(always)]
-fn product<S: Simd, const D: usize>(
+fn product<S: Simd, const D: usize, const G: usize>(
     isa: S,
     g: MatRef<'_>,
     acts: PackedActs<'_>,
@@ -413,8 +461,8 @@ fn product<S: Simd, const D: usize>(
     if tokens == 0 && !accumulate {
         (0..out.rows()).for_each(|n| out.row(n).fill(0.0));
     }
-    let mut block = Block::<D> {
-        strips: [const { MaybeUninit::uninit() }; BLOCK_ROWS / STRIP],
+    let mut block = Block {
+        lanes: [const { MaybeUninit::uninit() }; BLOCK_ROWS / STRIP * MOST],
         steps: [0.0; BLOCK_ROWS],
         sums: [[0; 2]; BLOCK_ROWS],
     };
@@ -423,11 +471,15 @@ fn product<S: Simd, const D: usize>(
         for first in (0..tokens).step_by(FIXED_DEPTH) {
             let depth = FIXED_DEPTH.min(tokens - first);
             let own = g.slice_rows(top, top + rows);
-            split(isa, own, first, &acts.scales[first..first + depth], &mut block);
+            split::<S, D, G>(isa, own, first, &acts.scales[first..first + depth], &mut block);
             let add = accumulate || first > 0;
+            let length = depth.div_ceil(G) * D;
+            let lanes = &block.lanes[..rows.div_ceil(STRIP) * length];
+            // SAFETY: `split` has written all lanes of these strips.
+            let lanes = unsafe { init(lanes) };
             for col in (0..cols).step_by(PANEL * UNIT) {
-                let (panel, width) = acts.panel(first, col);
-                for (s, strip) in block.strips[..rows.div_ceil(STRIP)].iter().enumerate() {
+                let (panel, width) = acts.panel(G, first, col);
+                for (s, strip) in lanes.chunks_exact(length).enumerate() {
                     let row = s * STRIP;
                     let count = STRIP.min(rows - row);
                     for next in row + STRIP..rows.min(row + 2 * STRIP) {
@@ -436,9 +488,6 @@ fn product<S: Simd, const D: usize>(
                             isa.prefetch(line.as_ptr().cast());
                         }
                     }
-                    // SAFETY: `split` has written the groups of these tokens, and no
-                    // others are read: the panel has as many.
-                    let strip = unsafe { strip.assume_init_ref() };
                     let own = Own {
                         steps: &block.steps[row..row + count],
                         sums: &block.sums[row..row + count],
@@ -446,22 +495,23 @@ fn product<S: Simd, const D: usize>(
                         col,
                         add,
                     };
-                    match width {
-                        2 if S::WIDE => {
-                            tile::<S, D, STRIP, 2, 2>(isa, strip, 0, panel, 0, own, &mut out)
-                        }
-                        1 if S::WIDE => {
-                            tile::<S, D, STRIP, 1, 1>(isa, strip, 0, panel, 0, own, &mut out)
-                        }
-                        2 => {
-                            for (at, from) in [(0, 0), (0, 1), (2, 0), (2, 1)] {
-                                tile::<S, D, 2, 1, 2>(isa, strip, at, panel, from, own, &mut out);
+                    macro_rules! tiles {
+                        ($rows:literal, $vectors:literal, $width:literal) => {
+                            for at in (0..STRIP).step_by($rows) {
+                                for from in (0..$width).step_by($vectors) {
+                                    tile::<S, D, $rows, $vectors, $width>(
+                                        isa, strip, at, panel, from, own, &mut out,
+                                    );
+                                }
                             }
-                        }
-                        _ => {
-                            tile::<S, D, 2, 1, 1>(isa, strip, 0, panel, 0, own, &mut out);
-                            tile::<S, D, 2, 1, 1>(isa, strip, 2, panel, 0, own, &mut out);
-                        }
+                        };
+                    }
+                    match width {
+                        2 if S::WIDE => tiles!(4, 2, 2),
+                        1 if S::WIDE => tiles!(4, 1, 1),
+                        2 if D == 1 => tiles!(4, 1, 2),
+                        2 => tiles!(2, 1, 2),
+                        _ => tiles!(2, 1, 1),
                     }
                 }
             }
@@ -471,12 +521,12 @@ fn product<S: Simd, const D: usize>(
 
 /// Rounds the gradients of a block, times the scales of the tokens from `first` on.
 #[inline(always)]
-fn split<S: Simd, const D: usize>(
+fn split<S: Simd, const D: usize, const G: usize>(
     isa: S,
     g: MatRef<'_>,
     first: usize,
     scales: &[f32],
-    block: &mut Block<D>,
+    block: &mut Block,
 ) {
     let rows = g.rows();
     let mut absmax = [0u32; BLOCK_ROWS];
@@ -487,64 +537,104 @@ fn split<S: Simd, const D: usize>(
             *max = (*max).max((x * scale).abs().to_bits());
         }
     }
-    let count = scales.len().next_multiple_of(GROUP) as i32;
+    let length = scales.len().div_ceil(G) * D;
     for col in (0..rows).step_by(UNIT) {
         let own = UNIT.min(rows - col);
         let mut inv = [0.0f32; UNIT];
         for i in 0..own {
-            (inv[i], block.steps[col + i]) = steps::<D>(absmax[col + i]);
+            (inv[i], block.steps[col + i]) = steps(digits_of(D, G), absmax[col + i]);
         }
-        // Of the integers with unsigned digits, and of their third digits.
-        let (mut all, mut high) = ([0i32; UNIT], [0i32; UNIT]);
-        for (group, scales) in scales.chunks(GROUP).enumerate() {
+        let mut sums = Sums { all: [0; UNIT], high: [0; UNIT] };
+        for (group, scales) in scales.chunks(G).enumerate() {
             // A group's last tokens and a unit's last columns may not be there.
-            let mut x = [[0.0f32; UNIT]; GROUP];
+            let mut x = [[0.0f32; UNIT]; G];
             for (j, (x, &scale)) in x.iter_mut().zip(scales).enumerate() {
-                let from = g.stored(first + GROUP * group + j, col, own);
+                let from = g.stored(first + G * group + j, col, own);
                 match from.as_array::<UNIT>() {
                     Some(from) => *x = array!(UNIT, i => from[i] * scale),
                     None => x.iter_mut().zip(from).for_each(|(x, from)| *x = from * scale),
                 }
             }
-            let words = words::<D>(&x, &inv, &mut all, &mut high);
-            for s in 0..own.div_ceil(STRIP) {
-                let to = block.strips[col / STRIP + s].as_mut_ptr().cast::<[[u32; STRIP]; D]>();
-                let from = array!(D, d => words[d].as_chunks::<STRIP>().0[s]);
-                // SAFETY: a strip is as many groups as a block has at most.
-                unsafe { to.add(group).write(from) };
+            let parts: [[u32; UNIT]; D] =
+                if G == 4 { bytes::<D, G>(&x, &inv, &mut sums) } else { words::<D, G>(&x, &inv) };
+            for (d, part) in parts.iter().enumerate() {
+                for (s, lanes) in part.as_chunks::<STRIP>().0.iter().enumerate() {
+                    // Of rows behind the last, only those of its own strip.
+                    if s * STRIP < own {
+                        let strip = (col / STRIP + s) * length;
+                        block.lanes[strip + group * D + d].write(*lanes);
+                    }
+                }
             }
         }
+        let count = (scales.len().div_ceil(G) * G) as i32;
         for i in 0..own {
-            let third = high[i] - 128 * count;
-            let all = all[i].wrapping_sub(unsigned(D).wrapping_mul(count));
-            block.sums[col + i] =
-                if D == 2 { [all, 0] } else { [all.wrapping_sub(third << 16), third] };
+            block.sums[col + i] = sums.of::<D>(i, count);
         }
     }
 }
 
-/// The digits of four tokens side by side, for sixteen rows; adds the integers, their
-/// digits made unsigned, to `all`, and their third digits to `high`.
+/// Sums of some rows' integers, their digits made unsigned, and of their third digits.
+struct Sums {
+    all: [i32; UNIT],
+    high: [i32; UNIT],
+}
+
+impl Sums {
+    /// Those of the two low digits and of the third of `count` integers of row `i`.
+    #[inline(always)]
+    fn of<const D: usize>(&self, i: usize, count: i32) -> [i32; 2] {
+        let all = self.all[i].wrapping_sub(unsigned(D).wrapping_mul(count));
+        if D < 3 {
+            return [all, 0];
+        }
+        let third = self.high[i] - 128 * count;
+        [all.wrapping_sub(third << 16), third]
+    }
+}
+
+/// The digits of four tokens side by side, for sixteen rows.
 #[inline(always)]
-fn words<const D: usize>(
-    x: &[[f32; UNIT]; GROUP],
+fn bytes<const D: usize, const G: usize>(
+    x: &[[f32; UNIT]; G],
     inv: &[f32; UNIT],
-    all: &mut [i32; UNIT],
-    high: &mut [i32; UNIT],
+    sums: &mut Sums,
 ) -> [[u32; UNIT]; D] {
-    let mut words = [[0u32; UNIT]; D];
+    let mut lanes = [[0u32; UNIT]; D];
     for i in 0..UNIT {
-        let v = array!(GROUP, j => round(x[j][i], inv[i]) + unsigned(D));
-        all[i] = all[i].wrapping_add(v[0] + v[1] + v[2] + v[3]);
+        let v = array!(4, j => round(x[j][i], inv[i]) + unsigned(D));
+        sums.all[i] = sums.all[i].wrapping_add(v[0] + v[1] + v[2] + v[3]);
         if D == 3 {
-            high[i] += (v[0] >> 16) + (v[1] >> 16) + (v[2] >> 16) + (v[3] >> 16);
+            sums.high[i] += (v[0] >> 16) + (v[1] >> 16) + (v[2] >> 16) + (v[3] >> 16);
         }
         for d in 0..D {
-            let byte = array!(GROUP, j => (v[j] >> (8 * d) & 0xff) << (8 * j));
-            words[d][i] = (byte[0] | byte[1] | byte[2] | byte[3]) as u32 ^ 0x8080_8080;
+            let byte = array!(4, j => (v[j] >> (8 * d) & 0xff) << (8 * j));
+            lanes[d][i] = (byte[0] | byte[1] | byte[2] | byte[3]) as u32 ^ 0x8080_8080;
         }
     }
-    words
+    lanes
+}
+
+/// The integers of two tokens side by side, for sixteen rows: as one word of 16 bits, or
+/// the low 12 bits, signed, and the rest.
+#[inline(always)]
+fn words<const D: usize, const G: usize>(
+    x: &[[f32; UNIT]; G],
+    inv: &[f32; UNIT],
+) -> [[u32; UNIT]; D] {
+    let mut lanes = [[0u32; UNIT]; D];
+    for i in 0..UNIT {
+        let v = array!(2, j => round(x[j][i], inv[i]));
+        if D == 1 {
+            lanes[0][i] = (v[0] & 0xffff | v[1] << 16) as u32;
+        } else {
+            let high = array!(2, j => (v[j] + (1 << 11)) >> 12);
+            let low = array!(2, j => v[j] - (high[j] << 12));
+            lanes[0][i] = (low[0] & 0xffff | low[1] << 16) as u32;
+            lanes[D - 1][i] = (high[0] & 0xffff | high[1] << 16) as u32;
+        }
+    }
+    lanes
 }
 
 /// Where a tile's results go, and what they are multiplied by.
@@ -561,7 +651,7 @@ struct Own<'a> {
 #[inline(always)]
 fn tile<S: Simd, const D: usize, const R: usize, const U: usize, const W: usize>(
     isa: S,
-    strip: &Strip<D>,
+    strip: &[Lanes],
     at: usize,
     panel: &[Line],
     from: usize,
@@ -569,13 +659,13 @@ fn tile<S: Simd, const D: usize, const R: usize, const U: usize, const W: usize>
     out: &mut MatMut<'_, f32>,
 ) {
     let mut sums = [[[isa.sums_zero(); U]; D]; R];
-    for (lines, digits) in panel.as_chunks::<W>().0.iter().zip(strip) {
+    for (lines, parts) in panel.as_chunks::<W>().0.iter().zip(strip.as_chunks::<D>().0) {
         let acts = array!(U, u => isa.load(&lines[from + u].0));
         for d in 0..D {
             for r in 0..R {
-                let digit = isa.splat_acts(digits[d][at + r].to_le_bytes().map(|b| b as i8));
+                let part = isa.splat_acts(parts[d][at + r].to_le_bytes().map(|b| b as i8));
                 for u in 0..U {
-                    sums[r][d][u] = isa.dot_bytes(sums[r][d][u], acts[u], digit);
+                    sums[r][d][u] = isa.dot_lanes(sums[r][d][u], acts[u], part);
                 }
             }
         }
@@ -590,7 +680,13 @@ fn tile<S: Simd, const D: usize, const R: usize, const U: usize, const W: usize>
             let lanes = array!(D, d => isa.sum_lanes(sums[d][u]));
             let mut values = [0.0f32; UNIT];
             for i in 0..UNIT {
-                values[i] = join::<D>(array!(D, d => lanes[d][i]), extra) * step;
+                let parts = array!(D, d => lanes[d][i]);
+                let sum = match (S::GROUP, D) {
+                    (4, _) => join(parts, extra),
+                    (_, 1) => parts[0] as f32,
+                    _ => whole(parts[D - 1], 4096.0, parts[0]),
+                };
+                values[i] = sum * step;
             }
             match to.as_mut_array::<UNIT>() {
                 Some(to) if own.add => {

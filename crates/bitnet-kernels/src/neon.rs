@@ -308,12 +308,12 @@ implement!(Neon {
     }
 
     #[inline(always)]
-    fn dot_bytes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
+    fn dot_lanes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
         array!(4, i => {
-            let a = op!(self, vreinterpretq_s8_u8(a[i]));
-            let b = op!(self, vreinterpretq_s8_u8(b[i]));
-            let low = op!(self, vpaddlq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b))));
-            let high = op!(self, vpaddlq_s16(vmull_high_s8(a, b)));
+            let a = op!(self, vreinterpretq_s16_u8(a[i]));
+            let b = op!(self, vreinterpretq_s16_u8(b[i]));
+            let low = op!(self, vmull_s16(vget_low_s16(a), vget_low_s16(b)));
+            let high = op!(self, vmull_high_s16(a, b));
             op!(self, vaddq_s32(sums[i], vpaddq_s32(low, high)))
         })
     }
@@ -340,11 +340,11 @@ macro_rules! sdot {
             part
         }
 
-        const FAST_BYTES: bool = true;
+        const GROUP: usize = 4;
 
         // Products of signed bytes, whatever they are.
         #[inline(always)]
-        fn dot_bytes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
+        fn dot_lanes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
             self.dot(sums, a, b)
         }
     };

@@ -88,9 +88,16 @@ pub(crate) fn product<S: Simd, C: Codec, O: Copy, const D: usize, F: Fn([i32; D]
                     // SAFETY: `panel_sums` has written the sums of every token.
                     &unsafe { init(&scratch.sums[at..at + units]) }.as_flattened()[..rows]
                 });
-                let (out, finish) = (&mut out.row(t / D)[n..n + rows], finish(t / D));
-                for (i, out) in out.iter_mut().enumerate() {
-                    *out = finish(array!(D, d => sums[d][i]));
+                let finish = finish(t / D);
+                // Whole vectors: a loop of any length is one of scalars for its last ones.
+                let (vectors, rest) = out.row(t / D)[n..n + rows].as_chunks_mut::<UNIT>();
+                let done = vectors.len() * UNIT;
+                for (v, out) in vectors.iter_mut().enumerate() {
+                    let lanes = array!(D, d => sums[d].as_chunks::<UNIT>().0[v]);
+                    *out = array!(UNIT, i => finish(array!(D, d => lanes[d][i])));
+                }
+                for (i, out) in rest.iter_mut().enumerate() {
+                    *out = finish(array!(D, d => sums[d][done + i]));
                 }
             }
             n += rows;

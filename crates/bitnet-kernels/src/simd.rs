@@ -113,21 +113,23 @@ pub(crate) trait Simd: Copy {
         self.add_sums(sums, self.load_sums(&lanes))
     }
 
-    /// Whether [`Simd::dot_bytes`] takes its first bytes as unsigned ones; otherwise all are
-    /// signed.
+    /// How many numbers [`Simd::dot_lanes`] multiplies in a lane: four bytes where an
+    /// instruction multiplies four times as many bytes as floats, else two words of 16
+    /// bits.
+    const GROUP: usize = 2;
+    /// Whether the first bytes of [`Simd::dot_lanes`] are unsigned; otherwise all are signed.
     const UNSIGNED_BYTES: bool = false;
-    /// Whether [`Simd::dot_bytes`] multiplies four times as many numbers as [`Simd::fma`].
-    const FAST_BYTES: bool = false;
 
-    /// `sums[i] += Σ a[4i + j] · b[4i + j]`, j < 4, of any bytes.
+    /// `sums[i] += Σ a · b` of the bytes, or the words, of lane i.
     #[inline(always)]
-    fn dot_bytes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
+    fn dot_lanes(self, sums: Self::Sums, a: Self::Bytes, b: Self::Bytes) -> Self::Sums {
         let (a, b) = (self.bytes(a), self.bytes(b));
-        let mut lanes = [0i32; 16];
-        for i in 0..64 {
-            let left = if Self::UNSIGNED_BYTES { i32::from(a[i]) } else { i32::from(a[i] as i8) };
-            lanes[i / 4] += left * i32::from(b[i] as i8);
-        }
+        let lanes = array!(16, i => {
+            let word = |bytes: &[u8; 64], j: usize| {
+                i32::from(i16::from_le_bytes([bytes[4 * i + j], bytes[4 * i + j + 1]]))
+            };
+            word(&a, 0) * word(&b, 0) + word(&a, 2) * word(&b, 2)
+        });
         self.add_sums(sums, self.load_sums(&lanes))
     }
 

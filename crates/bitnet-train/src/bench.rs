@@ -91,6 +91,8 @@ pub struct BenchReport {
     pub peak_rss_bytes: Option<u64>,
     /// Loss of every step, warm-up included, in nats.
     pub losses: Vec<f64>,
+    /// The stages of quantisation, and what gradients are computed with.
+    pub quantization: StageConfig,
     /// The optimizer.
     pub optimizer: OptimizerConfig,
     /// Learning rate and weight decay of every step.
@@ -215,6 +217,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
         forward_share_of_int8_peak: forward.map(|(time, peak)| forward_gops / time / peak),
         peak_rss_bytes: memory::peak_rss_bytes(),
         losses,
+        quantization: stages,
         optimizer: config.optimizer.clone(),
         rates,
         profile,

@@ -9,7 +9,6 @@ use serde::{Deserialize, Serialize};
 use crate::TrainError;
 use crate::device::DeviceChoice;
 use crate::model::Transformer;
-use crate::ops::cpu::kernels;
 use crate::ops::{Gradients, LinearRecipe};
 
 /// The `[quantization]` table: shares of the run's steps. Its default quantises
@@ -34,47 +33,29 @@ pub struct StageConfig {
     pub int8_backward: bool,
 }
 
-/// The choice between two ways to compute the same gradients; see [`Gradients`].
+/// What the gradients of the linear layers' integer products are computed with; see
+/// [`Gradients`]. The same bits on every instruction set, each of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum GradientProducts {
-    /// The faster one on this machine. Where runs on different machines are to give the
-    /// same bits, one of the others.
+    /// Integers of 24 bits where the products of the forward pass are integers and the
+    /// device is the CPU, else floats: as exact either way.
     #[default]
-    Auto,
-    /// Floats.
-    Float,
-    /// Integers of 24 bits.
     Fixed24,
     /// Integers of 16 bits: faster, and each element off by at most 2^-16 of the largest
     /// that it is added to.
     Fixed16,
+    /// Floats.
+    Float,
 }
 
 impl GradientProducts {
-    /// The digits that are taken on this machine; none: floats.
-    #[must_use]
-    pub fn digits(self) -> Option<Digits> {
+    /// The digits; none: floats.
+    fn digits(self) -> Option<Digits> {
         match self {
-            Self::Auto => kernels().prefers_fixed_point().then_some(Digits::Three),
-            Self::Float => None,
             Self::Fixed24 => Some(Digits::Three),
             Self::Fixed16 => Some(Digits::Two),
-        }
-    }
-
-    /// Whether the config asks for integers.
-    fn is_fixed(self) -> bool {
-        matches!(self, Self::Fixed24 | Self::Fixed16)
-    }
-
-    /// The name in a config.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::Float => "float",
-            Self::Fixed24 => "fixed24",
-            Self::Fixed16 => "fixed16",
+            Self::Float => None,
         }
     }
 }
@@ -176,9 +157,8 @@ impl StageConfig {
         if self.int8_backward && !all_integer {
             return Err(TrainError::value("quantization.int8_backward", true, reason));
         }
-        if self.gradients.is_fixed() && !all_integer {
-            let value = self.gradients.name();
-            return Err(TrainError::value("quantization.gradients", value, reason));
+        if self.gradients == GradientProducts::Fixed16 && !all_integer {
+            return Err(TrainError::value("quantization.gradients", "fixed16", reason));
         }
         Ok(())
     }
@@ -192,10 +172,9 @@ impl StageConfig {
             let reason = format!("is for --device cpu, not {device}");
             return Err(TrainError::value("quantization.int8_backward", true, reason));
         }
-        if self.gradients.is_fixed() && device != DeviceChoice::Cpu {
-            let (value, reason) =
-                (self.gradients.name(), format!("is for --device cpu, not {device}"));
-            return Err(TrainError::value("quantization.gradients", value, reason));
+        if self.gradients == GradientProducts::Fixed16 && device != DeviceChoice::Cpu {
+            let reason = format!("is for --device cpu, not {device}");
+            return Err(TrainError::value("quantization.gradients", "fixed16", reason));
         }
         Ok(())
     }
@@ -208,7 +187,7 @@ mod tests {
     #[test]
     fn the_default_is_the_finished_model_throughout() {
         for step in [0, 1, 99, 100] {
-            let digits = GradientProducts::Auto.digits().filter(|_| step < 100);
+            let digits = GradientProducts::default().digits().filter(|_| step < 100);
             let gradients = Gradients { digits, int8_inputs: false };
             let want = Stage { gradients, ..Stage::FINAL };
             assert_eq!(StageConfig::default().at(step, 100), want);

@@ -25,7 +25,9 @@ pub struct Training {
     pub muon: bool,
     /// Whether quantisation is blended in.
     pub blends: bool,
-    /// Whether gradients of the linear layers' inputs are integer products.
+    /// Digits of 8 bits of the linear layers' gradients; none: they are floats.
+    pub digits: Option<u8>,
+    /// Whether gradients of the linear layers' inputs are int8 instead.
     pub int8_backward: bool,
     /// Whether a teacher is followed, whose shape is in its own folder.
     pub distills: bool,
@@ -78,6 +80,7 @@ struct Quantization {
     blend: f64,
     #[serde(default)]
     int8_backward: bool,
+    gradients: Option<String>,
 }
 
 /// The subject of a training config: a path, or the bare name of a file in a folder
@@ -139,6 +142,14 @@ fn training(
         "muon" => true,
         other => return Err(format!("optimizer.kind = {other:?}: adamw or muon")),
     };
+    let digits = match quantization.gradients.as_deref() {
+        None | Some("fixed24") => Some(3),
+        Some("fixed16") => Some(2),
+        Some("float") => None,
+        Some(other) => {
+            return Err(format!("quantization.gradients = {other:?}: fixed24, fixed16 or float"));
+        }
+    };
     Ok(Training {
         batch_tokens: batch.tokens,
         sequence: batch.sequence,
@@ -146,6 +157,7 @@ fn training(
         recompute: batch.recompute,
         muon,
         blends: quantization.blend > 0.0,
+        digits,
         int8_backward: quantization.int8_backward,
         distills: false,
         tokens: schedule.steps.saturating_mul(batch.tokens as u64),

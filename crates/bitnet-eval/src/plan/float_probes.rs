@@ -1,11 +1,12 @@
-//! The float products of training's backward pass, as `bitnet-train` divides them between
-//! threads, on made-up data.
+//! The products of training's backward pass, as `bitnet-train` divides them between threads,
+//! on made-up data.
 
 use std::hint::black_box;
 
 use bitnet_core::ModelConfig;
 use bitnet_kernels::{
-    Kernels, MatMut, MatRef, PACK_DEPTH, PackSource, PackedRef, Unit, packed_len,
+    Digits, FIXED_DEPTH, Kernels, Line, MatMut, MatRef, PACK_DEPTH, PackSource, PackedActs,
+    PackedRef, QuantizedTokens, Unit, packed_len,
 };
 
 use super::probes::Probe;
@@ -36,6 +37,9 @@ pub(super) struct FloatProducts {
     /// A weight `[width, hidden]` and an input `[ROUND, hidden]` as right operands.
     weight: Vec<Unit>,
     input: Vec<Unit>,
+    /// The input as int8, and the scales of its tokens.
+    acts: Vec<Line>,
+    scales: Vec<f32>,
 }
 
 impl FloatProducts {
@@ -50,6 +54,8 @@ impl FloatProducts {
             grads: (0..ROUND * 2 * width).map(|i| (i * 37 % 255) as f32 / 1e4 - 0.01).collect(),
             weight: packed(kernels, width, hidden),
             input: packed(kernels, ROUND, hidden),
+            acts: packed_acts(kernels, hidden),
+            scales: vec![0.01; ROUND],
         }
     }
 
@@ -92,6 +98,22 @@ impl FloatProducts {
         (amount as f64, self.passes(rows * hidden, job))
     }
 
+    /// The same in fixed point, of three digits.
+    pub(super) fn fixed_weight_gradient(&self) -> Probe<'_> {
+        let (hidden, width) = (self.hidden, 2 * self.width);
+        let rows = ROWS.min(width);
+        let amount = 2 * self.threads * rows * hidden * ROUND;
+        let job = move |i: usize, out: &mut Vec<f32>| {
+            let first = i % (width / rows) * rows;
+            let grads = MatRef::new(&self.grads, ROUND, width, width).t();
+            let grads = grads.slice_rows(first, first + rows);
+            let acts = PackedActs::new(&self.acts, &self.scales, hidden);
+            let out = MatMut::new(&mut out[..rows * hidden], rows, hidden);
+            self.kernels.fixed_product(Digits::Three, grads, acts, out, false);
+        };
+        (amount as f64, self.passes(rows * hidden, job))
+    }
+
     /// Passes of one job for each thread, with room for `out` elements.
     fn passes<'p>(
         &'p self,
@@ -110,6 +132,17 @@ fn packed(kernels: Kernels, rows: usize, cols: usize) -> Vec<Unit> {
     for (i, out) in out.chunks_mut(packed_len(PACK_DEPTH, cols)).enumerate() {
         let rows = PACK_DEPTH.min(rows - i * PACK_DEPTH);
         kernels.pack_block(PackSource::Floats(MatRef::new(&data, rows, cols, cols)), out);
+    }
+    out
+}
+
+/// `[ROUND, cols]` of some activations.
+fn packed_acts(kernels: Kernels, cols: usize) -> Vec<Line> {
+    let mut x = QuantizedTokens::default();
+    x.resize(FIXED_DEPTH, cols);
+    let mut out = vec![Line::default(); kernels.packed_acts_len(ROUND, cols)];
+    for block in out.chunks_mut(kernels.packed_acts_len(FIXED_DEPTH, cols)) {
+        kernels.pack_acts(x.view(), 0, block);
     }
     out
 }

@@ -74,6 +74,8 @@ pub struct Rates {
     pub input_gradient_gflop_per_second: f64,
     /// Training's products that give gradients of weights.
     pub weight_gradient_gflop_per_second: f64,
+    /// The same in fixed point, of gradients with 24 bits.
+    pub fixed_weight_gradient_gflop_per_second: f64,
 }
 
 impl Rates {
@@ -112,6 +114,7 @@ impl Rates {
         all.push((of_chunk(d), Box::new(|passes| probes.norm(&rows, CHUNK, passes))));
         all.push((of_chunk(f), Box::new(|passes| probes.gate(&rows, CHUNK, passes))));
         all.extend([training.peak(), training.input_gradient(), training.weight_gradient()]);
+        all.push(training.fixed_weight_gradient());
 
         let mut passes = vec![1; all.len()];
         let mut found = vec![Vec::new(); all.len()];
@@ -152,6 +155,7 @@ impl Rates {
             float_peak_gflop_per_second: next(),
             input_gradient_gflop_per_second: next(),
             weight_gradient_gflop_per_second: next(),
+            fixed_weight_gradient_gflop_per_second: next(),
         }
     }
 
@@ -178,6 +182,7 @@ impl Rates {
             &mut self.float_peak_gflop_per_second,
             &mut self.input_gradient_gflop_per_second,
             &mut self.weight_gradient_gflop_per_second,
+            &mut self.fixed_weight_gradient_gflop_per_second,
         ] {
             *rate *= factor;
         }
@@ -261,6 +266,7 @@ mod tests {
             float_peak_gflop_per_second: 1.0,
             input_gradient_gflop_per_second: 1.0,
             weight_gradient_gflop_per_second: 1.0,
+            fixed_weight_gradient_gflop_per_second: 1.0,
         }
     }
 

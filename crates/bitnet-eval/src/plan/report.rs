@@ -173,12 +173,14 @@ impl Plan {
         writeln!(out, "    {}", parts[4..].join(", "))?;
         writeln!(
             out,
-            "  assumed: on this CPU alone; gradients of inputs at {:.0}, of weights at {:.0} GFLOP/s, \
-             forward\n  products at {:.0} GOP/s, as measured, and {:.0} % longer in a step; attention at {} \
-             of its kernel's\n  rate forward and {} of the first backward; elementwise work {} times \
-             the forward pass's; no time\n  for evaluation and checkpoints",
+            "  assumed: on this CPU alone; gradients of inputs at {:.0}, of weights at {:.0} GFLOP/s as \
+             floats,\n  at {:.0} in fixed point, products with int8 at {:.0} GOP/s, as measured, and \
+             {:.0} % longer in a\n  step; attention at {} of its kernel's rate forward and {} of the \
+             first backward; elementwise\n  work {} times the forward pass's; no time for evaluation \
+             and checkpoints",
             machine.input_gradient_gflop_per_second,
             machine.weight_gradient_gflop_per_second,
+            machine.fixed_weight_gradient_gflop_per_second,
             2.0 * machine.linear.panel_gmac_per_second,
             100.0 * (time.longer - 1.0),
             training_speed::ATTENTION_FORWARD,

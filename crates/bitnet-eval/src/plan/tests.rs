@@ -21,6 +21,7 @@ fn machine(threads: usize) -> Rates {
         float_peak_gflop_per_second: 200.0,
         input_gradient_gflop_per_second: 120.0,
         weight_gradient_gflop_per_second: 100.0,
+        fixed_weight_gradient_gflop_per_second: 150.0,
     }
 }
 
@@ -149,6 +150,7 @@ fn training_is_planned_as_the_config_says() {
         recompute: false,
         muon: false,
         blends: false,
+        digits: None,
         int8_backward: false,
         distills: false,
         tokens: 1_000_000,
@@ -199,6 +201,7 @@ fn a_training_token_takes_its_products() {
         recompute: false,
         muon: false,
         blends: false,
+        digits: None,
         int8_backward: false,
         distills: false,
         tokens: 1,
@@ -231,13 +234,19 @@ fn a_training_token_takes_its_products() {
     is(again.elementwise, base.elementwise * 1.25);
     let int8 = time(&config, &Training { int8_backward: true, ..training.clone() });
     is(int8.input_gradients, linear / 500e9 * longer);
+    for digits in [2, 3] {
+        let fixed = time(&config, &Training { digits: Some(digits), ..training.clone() });
+        is(fixed.input_gradients, f64::from(digits) * linear / 500e9 * longer);
+        is(fixed.weight_gradients, f64::from(digits) / 3.0 * 2.0 * linear / 150e9 * longer);
+        is(fixed.head, base.head);
+    }
     let muon = time(&config, &Training { muon: true, ..training.clone() });
     let square = |n: f64, k: f64| 5.0 * (2.0 * n * n * k + n * n * n);
     let of_layer =
         2.0 * square(2560.0, 2560.0) + 2.0 * square(640.0, 2560.0) + 3.0 * square(2560.0, 6912.0);
     is(muon.step - base.step, 30.0 * of_layer / 60e9 * longer / 8192.0);
     let twin = ModelConfig { weight_quantizer: WeightQuantizer::None, ..config.clone() };
-    let float = time(&twin, &Training { int8_backward: true, ..training.clone() });
+    let float = time(&twin, &Training { int8_backward: true, digits: Some(3), ..training.clone() });
     is(float.forward, 2.0 * linear / 120e9 * longer);
     is(float.input_gradients, base.input_gradients);
     let one = Training { batch_tokens: 2048, ..training };
@@ -268,7 +277,8 @@ fn recorded_training_speeds_are_predicted() {
         ("125m.toml", 512, [0.64, 0.64, 0.73, 0.38], 316.0),
     ] {
         let Subject { config, training, .. } = config(name);
-        let training = Training { batch_tokens: 2048, sequence, ..training.unwrap() };
+        // Its gradients were floats.
+        let training = Training { batch_tokens: 2048, sequence, digits: None, ..training.unwrap() };
         let shape = Shape { config: &config, linear: Form::Ternary(Layout::P2), kv_bytes: 4.0 };
         let time = TrainingTime::of(&shape, &training, 2048 / sequence, &rates(shares));
         let error = 1.0 / time.total() / measured - 1.0;

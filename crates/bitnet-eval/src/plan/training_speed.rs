@@ -1,8 +1,8 @@
 //! How long a training token takes on the CPU: the operations of `bitnet-train`'s fused
 //! step, each at the machine's rate for it.
 //!
-//! The linear layers run forward in int8 (a float twin's in f32); gradients are products
-//! of floats. A few constants stand for what is not measured. They were chosen on the
+//! The linear layers run forward in int8 and their gradients in fixed point (a float twin's
+//! in f32), the head in f32. A few constants stand for what is not measured. They were chosen on the
 //! profile of a step and the two speeds in `experiments/0010-training-speed`, and are the
 //! same for every size of model.
 
@@ -125,8 +125,16 @@ impl TrainingTime {
             }
             false => linear * (1.0 + again) / inputs,
         };
-        let input_gradients =
-            if ternary && training.int8_backward { linear / int8 } else { linear / inputs };
+        // A digit of a gradient is a product of bytes.
+        let digits = training.digits.filter(|_| ternary).map(f64::from);
+        let fixed = rates.fixed_weight_gradient_gflop_per_second * 1e9 / 2.0 / longer;
+        let input_gradients = match digits {
+            _ if ternary && training.int8_backward => linear / int8,
+            Some(digits) => linear * digits / int8,
+            None => linear / inputs,
+        };
+        let weight_gradients =
+            digits.map_or(linear / weights, |digits| linear * digits / 3.0 / fixed);
         let softmax = LOGIT * vocab * rates.norm_panel_ns * 1e-9;
         let head = vocab * hidden * (2.0 / inputs + 1.0 / weights) + softmax;
         // The mean token sees half of its sequence, in two products.
@@ -147,7 +155,7 @@ impl TrainingTime {
         Self {
             forward,
             input_gradients,
-            weight_gradients: linear / weights,
+            weight_gradients,
             head,
             attention,
             elementwise: elementwise * (ELEMENTWISE + again),

@@ -40,24 +40,18 @@ fn definition(digits: Digits, terms: &[f32]) -> (Vec<i64>, f32) {
     (ints, absmax / largest)
 }
 
-/// The joined sums of some integers' digits times other integers.
-fn sum(digits: Digits, products: impl Iterator<Item = (i64, i64)>) -> f32 {
-    let [mut low, mut high] = [0i64; 2];
-    for (v, x) in products {
-        let third = if digits == Digits::Two { 0 } else { (v + 0x8080) >> 16 };
-        high += third * x;
-        low += (v - (third << 16)) * x;
-    }
-    high as f32 * 65536.0 + low as f32
+/// The sum of some products, rounded to f32.
+fn sum(products: impl Iterator<Item = (i64, i64)>) -> f32 {
+    products.map(|(v, x)| v * x).sum::<i64>() as f32
 }
 
 fn packed(k: Kernels, x: &QuantizedTokens, cols: usize) -> Vec<Line> {
     let tokens = x.scales.len();
-    let mut out = vec![Line([7; 64]); packed_acts_len(tokens, cols)];
-    for (i, out) in out.chunks_mut(packed_acts_len(FIXED_DEPTH, cols)).enumerate() {
+    let mut out = vec![Line([7; 64]); k.packed_acts_len(tokens, cols)];
+    for (i, out) in out.chunks_mut(k.packed_acts_len(FIXED_DEPTH, cols)).enumerate() {
         let end = tokens.min((i + 1) * FIXED_DEPTH);
         let block = x.view().tokens(i * FIXED_DEPTH, end);
-        let groups = block.len().div_ceil(GROUP);
+        let groups = block.len().div_ceil(k.group());
         // In two parts where there are two panels.
         let first = out.len().min(groups * PANEL);
         let (a, b) = out.split_at_mut(first);
@@ -86,7 +80,7 @@ fn gradients_of_weights_are_the_definition_bit_for_bit() {
                 let (ints, step) = definition(digits, &terms);
                 for k in 0..cols {
                     let q = block.clone().map(|t| i64::from(x.q[t * x.stride + k]));
-                    let value = sum(digits, ints.iter().copied().zip(q)) * step;
+                    let value = sum(ints.iter().copied().zip(q)) * step;
                     let [fresh, added] = &mut want;
                     let at = n * cols + k;
                     fresh[at] = if first == 0 { value } else { fresh[at] + value };
@@ -127,7 +121,7 @@ fn gradients_of_inputs_are_the_definition_bit_for_bit() {
             let (ints, step) = definition(digits, row);
             for trits in trits.chunks_exact(cols) {
                 let products = ints.iter().copied().zip(trits.iter().map(|&t| i64::from(t)));
-                want.push(sum(digits, products) * (step * 0.07));
+                want.push(sum(products) * (step * 0.07));
             }
         }
         for kernels in Kernels::all() {
@@ -211,7 +205,7 @@ fn the_largest_sums_are_exact() {
         g[..rows].fill(largest(3));
         let want = {
             let ints = std::iter::once(largest(3)).chain(std::iter::repeat_n(second, tokens - 1));
-            sum(Digits::Three, ints.map(|v| (v as i64, 127 * i64::from(sign))))
+            sum(ints.map(|v| (v as i64, 127 * i64::from(sign))))
         };
         for kernels in Kernels::all() {
             let lines = packed(kernels, &x, cols);

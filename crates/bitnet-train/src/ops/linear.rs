@@ -36,9 +36,7 @@ pub struct LinearRecipe {
 /// pass are integer ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gradients {
-    /// Integers with so many digits ([`bitnet_kernels::Digits`]), faster where an
-    /// instruction multiplies four times as many bytes as floats; none: chains of fused
-    /// multiply-adds of floats.
+    /// Integers with so many digits; none: floats, chains of fused multiply-adds.
     pub digits: Option<Digits>,
     /// Whether the gradients of the inputs are products with int8 (SwitchBack,
     /// arXiv:2304.13013) instead.

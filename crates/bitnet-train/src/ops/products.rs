@@ -10,7 +10,7 @@ use bitnet_core::ternary::{self, inv_weight_scale};
 use bitnet_core::{Layout, WeightScheme};
 use bitnet_kernels::{
     Digits, FIXED_DEPTH, Line, MatMut, MatRef, PACK_DEPTH, PackSource, PackedActs, PackedRef,
-    QuantizedTokens, TernaryRows, TokensRef, Unit, packed_acts_len, packed_len,
+    QuantizedTokens, TernaryRows, TokensRef, Unit, packed_len,
 };
 use rayon::prelude::*;
 
@@ -552,7 +552,7 @@ impl<'a> Right<'a> {
             .iter()
             .filter_map(|&(x, cols, recipe)| match fixed(x, recipe) {
                 Some((tokens, digits)) => {
-                    let lines = Scratch::any(packed_acts_len(tokens.len(), cols));
+                    let lines = Scratch::any(kernels().packed_acts_len(tokens.len(), cols));
                     Some(Self::Fixed { digits, lines, tokens, cols })
                 }
                 None => floats.next().map(Self::Float),
@@ -563,11 +563,11 @@ impl<'a> Right<'a> {
         let mut tasks = Vec::new();
         for right in &mut all {
             let Self::Fixed { lines, tokens, cols, .. } = right else { continue };
-            let blocks = lines.chunks_mut(packed_acts_len(FIXED_DEPTH, *cols));
+            let blocks = lines.chunks_mut(kernels().packed_acts_len(FIXED_DEPTH, *cols));
             for (i, block) in blocks.enumerate() {
                 let end = tokens.len().min((i + 1) * FIXED_DEPTH);
                 let tokens = tokens.tokens(i * FIXED_DEPTH, end);
-                let parts = block.chunks_mut(packed_acts_len(tokens.len(), COLS));
+                let parts = block.chunks_mut(kernels().packed_acts_len(tokens.len(), COLS));
                 tasks.extend(parts.enumerate().map(|(part, out)| (tokens, part * COLS, out)));
             }
         }
