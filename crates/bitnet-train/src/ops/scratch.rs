@@ -22,14 +22,29 @@ const CHUNK: usize = 1 << 16;
 /// What a buffer can hold.
 pub(crate) trait Element: Copy + Default + Send + 'static {
     /// The buffers that wait to be used again, by length.
-    fn waiting() -> &'static Mutex<HashMap<usize, Vec<Vec<Self>>>>;
+    fn waiting() -> &'static Mutex<HashMap<usize, Shelf<Self>>>;
+}
+
+/// Buffers of one length.
+#[derive(Debug)]
+pub(crate) struct Shelf<T> {
+    waiting: Vec<Vec<T>>,
+    /// How many have been taken and not come back. No more than these are accepted: of
+    /// what others have allocated there may be more in every step.
+    out: usize,
+}
+
+impl<T> Default for Shelf<T> {
+    fn default() -> Self {
+        Self { waiting: Vec::new(), out: 0 }
+    }
 }
 
 macro_rules! element {
     ($($type:ty),*) => {$(
         impl Element for $type {
-            fn waiting() -> &'static Mutex<HashMap<usize, Vec<Vec<Self>>>> {
-                static WAITING: std::sync::LazyLock<Mutex<HashMap<usize, Vec<Vec<$type>>>>> =
+            fn waiting() -> &'static Mutex<HashMap<usize, Shelf<Self>>> {
+                static WAITING: std::sync::LazyLock<Mutex<HashMap<usize, Shelf<$type>>>> =
                     std::sync::LazyLock::new(Mutex::default);
                 &WAITING
             }
@@ -93,19 +108,25 @@ fn take<T: Element>(len: usize) -> Option<Vec<T>> {
     if len < SHORTEST {
         return None;
     }
-    T::waiting().lock().ok()?.get_mut(&len)?.pop()
+    let mut all = T::waiting().lock().ok()?;
+    if all.len() >= LENGTHS && !all.contains_key(&len) {
+        // Whoever asks for ever other lengths gets none of them again.
+        all.clear();
+    }
+    let shelf = all.entry(len).or_default();
+    shelf.out += 1;
+    shelf.waiting.pop()
 }
 
-/// Lets a vector be used again.
+/// Lets a vector be used again, if as long a one was taken.
 pub(crate) fn give<T: Element>(buffer: Vec<T>) {
     if buffer.len() >= SHORTEST
-        && let Ok(mut waiting) = T::waiting().lock()
+        && let Ok(mut all) = T::waiting().lock()
+        && let Some(shelf) = all.get_mut(&buffer.len())
+        && shelf.out > 0
     {
-        if waiting.len() >= LENGTHS && !waiting.contains_key(&buffer.len()) {
-            // Whoever asks for ever other sizes gets none of them again.
-            waiting.clear();
-        }
-        waiting.entry(buffer.len()).or_default().push(buffer);
+        shelf.out -= 1;
+        shelf.waiting.push(buffer);
     }
 }
 
@@ -128,6 +149,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn no_more_come_back_than_were_taken() {
+        let len = 104_723;
+        let taken: Vec<Vec<i8>> = (0..2).map(|_| Scratch::any(len).into_vec()).collect();
+        (0..3).for_each(|_| give(vec![0i8; len]));
+        taken.into_iter().for_each(give);
+        let all = i8::waiting().lock().unwrap();
+        assert_eq!((all[&len].waiting.len(), all[&len].out), (2, 0));
+    }
+
+    #[test]
     fn a_dropped_buffer_is_used_again() {
         // A length that nothing else in this process asks for.
         let len = 104_729;
@@ -139,6 +170,6 @@ mod tests {
         assert_eq!((second.as_ptr(), second[7]), (at, 9));
         assert_ne!(Scratch::<u8>::any(len).as_ptr(), at);
         assert_eq!(second.into_vec().len(), len);
-        assert!(u8::waiting().lock().unwrap()[&len].len() == 1);
+        assert_eq!(u8::waiting().lock().unwrap()[&len].waiting.len(), 1);
     }
 }
