@@ -73,6 +73,10 @@ macro_rules! of_digits {
 /// gradients of one strip lie in the nearest cache.
 pub const FIXED_DEPTH: usize = 512;
 
+/// Most ternary values that one element of a product in fixed point meets: their sums of two
+/// digits, at most 32 896 each, fit an i32.
+pub const FIXED_MOST_COLS: usize = 65_280;
+
 /// Columns in a vector.
 const UNIT: usize = 16;
 
@@ -164,7 +168,7 @@ fn round(x: f32, inv: f32) -> i32 {
 }
 
 /// Joins the sums of the digits of 8 bits. An i32 holds the two low ones of [`FIXED_DEPTH`]
-/// products with int8 or 2^16 with ternary values; those that are too large by the same
+/// products with int8 or [`FIXED_MOST_COLS`] with ternary values; those that are too large by the same
 /// amount as `extra`, on their way, wrap around and back.
 #[inline(always)]
 fn join<const D: usize>(sums: [i32; D], extra: [i32; 2]) -> f32 {
@@ -182,12 +186,6 @@ fn whole(high: i32, unit: f64, low: i32) -> f32 {
 }
 
 impl Kernels {
-    /// Whether gradients in fixed point take less time than products of floats here.
-    #[must_use]
-    pub fn prefers_fixed_point(self) -> bool {
-        self.group() == 4
-    }
-
     /// Tokens of a lane.
     fn group(self) -> usize {
         dispatch!(self, isa => group(isa))
@@ -225,7 +223,7 @@ impl Kernels {
     /// each as a token whose scale is the step; `out` is `[tokens, N]`.
     ///
     /// # Panics
-    /// If the shapes do not fit, or K is more than 2^16.
+    /// If the shapes do not fit, or K is more than [`FIXED_MOST_COLS`].
     pub fn ternary_matmul_fixed(
         self,
         digits: Digits,
@@ -237,7 +235,7 @@ impl Kernels {
         let shape = (digits.count() * out.rows(), out.cols());
         assert_eq!((x.len(), w.len()), shape, "shapes of a product");
         assert!(x.stride >= w.layout.padded_cols(w.cols), "tokens are padded");
-        assert!(w.cols <= 1 << 16, "sums of {} products", w.cols);
+        assert!(w.cols <= FIXED_MOST_COLS, "sums of {} products", w.cols);
         if !x.is_empty() {
             of_digits!(digits, D => dispatch!(self, isa => inputs::<_, D>(isa, w, x, out)));
         }

@@ -50,7 +50,7 @@ pub use attention::{
 };
 pub use dense::DenseRows;
 pub use dense_blocks::{INT4_BYTES, INT8_BYTES, ROW_BLOCK};
-pub use fixed_product::{Digits, FIXED_DEPTH, Line, PackedActs};
+pub use fixed_product::{Digits, FIXED_DEPTH, FIXED_MOST_COLS, Line, PackedActs};
 pub use float_product::{MatRef, PACK_DEPTH, PackSource, PackedRef, Unit, packed_len};
 pub use int4_rows::{INT4_MAX_COLS, Int4Rows};
 pub use isa::{IsaError, Kernels, required_isas_missing};

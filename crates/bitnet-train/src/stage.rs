@@ -233,6 +233,15 @@ mod tests {
             let error = stages.validate(model).unwrap_err().to_string();
             assert!(error.starts_with(message), "{error}");
         }
+        let fixed16 =
+            StageConfig { gradients: GradientProducts::Fixed16, ..StageConfig::default() };
+        fixed16.validate(&tiny).unwrap();
+        let digits = fixed16.at(0, 10).gradients.digits;
+        assert_eq!(digits, Some(Digits::Two));
+        let message = "quantization.gradients = fixed16: needs weights of one scale";
+        let error = fixed16.validate(&twin).unwrap_err().to_string();
+        assert!(error.starts_with(message), "{error}");
+        fixed16.check_device(DeviceChoice::Cpu).unwrap();
     }
 
     #[test]

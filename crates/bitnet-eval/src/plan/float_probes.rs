@@ -85,31 +85,32 @@ impl FloatProducts {
 
     /// The gradient of weights: some rows for each thread, from columns of the gradient.
     pub(super) fn weight_gradient(&self) -> Probe<'_> {
-        let (hidden, width) = (self.hidden, 2 * self.width);
-        let rows = ROWS.min(width);
-        let amount = 2 * self.threads * rows * hidden * ROUND;
-        let job = move |i: usize, out: &mut Vec<f32>| {
-            let first = i % (width / rows) * rows;
-            let grads = MatRef::new(&self.grads, ROUND, width, width).t();
-            let input = PackedRef::new(&self.input, ROUND, hidden);
-            let out = MatMut::new(&mut out[..rows * hidden], rows, hidden);
-            self.kernels.float_product(grads.slice_rows(first, first + rows), input, out, false);
-        };
-        (amount as f64, self.passes(rows * hidden, job))
+        let input = PackedRef::new(&self.input, ROUND, self.hidden);
+        self.weight_gradient_by(move |grads, out| {
+            self.kernels.float_product(grads, input, out, false);
+        })
     }
 
     /// The same in fixed point, of three digits.
     pub(super) fn fixed_weight_gradient(&self) -> Probe<'_> {
+        let acts = PackedActs::new(&self.acts, &self.scales, self.hidden);
+        self.weight_gradient_by(move |grads, out| {
+            self.kernels.fixed_product(Digits::Three, grads, acts, out, false);
+        })
+    }
+
+    fn weight_gradient_by<'p>(
+        &'p self,
+        product: impl Fn(MatRef<'_>, MatMut<'_, f32>) + Copy + Sync + 'p,
+    ) -> Probe<'p> {
         let (hidden, width) = (self.hidden, 2 * self.width);
         let rows = ROWS.min(width);
         let amount = 2 * self.threads * rows * hidden * ROUND;
         let job = move |i: usize, out: &mut Vec<f32>| {
             let first = i % (width / rows) * rows;
             let grads = MatRef::new(&self.grads, ROUND, width, width).t();
-            let grads = grads.slice_rows(first, first + rows);
-            let acts = PackedActs::new(&self.acts, &self.scales, hidden);
             let out = MatMut::new(&mut out[..rows * hidden], rows, hidden);
-            self.kernels.fixed_product(Digits::Three, grads, acts, out, false);
+            product(grads.slice_rows(first, first + rows), out);
         };
         (amount as f64, self.passes(rows * hidden, job))
     }
@@ -157,9 +158,12 @@ mod tests {
         let narrow = ModelConfig { intermediate_size: 40, ..ModelConfig::tiny() };
         for config in [ModelConfig::tiny(), narrow] {
             let products = FloatProducts::new(Kernels::detect(), 2, &config);
-            for (amount, probe) in
-                [products.peak(), products.input_gradient(), products.weight_gradient()]
-            {
+            for (amount, probe) in [
+                products.peak(),
+                products.input_gradient(),
+                products.weight_gradient(),
+                products.fixed_weight_gradient(),
+            ] {
                 assert!(amount > 0.0 && probe(3) > 0.0);
             }
         }

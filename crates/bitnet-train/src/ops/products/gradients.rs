@@ -2,7 +2,7 @@
 //! of their weights, as floats, in fixed point or with int8.
 
 use bitnet_kernels::{
-    Digits, FIXED_DEPTH, Line, MatMut, MatRef, PackedActs, TernaryRows, TokensRef,
+    Digits, FIXED_DEPTH, FIXED_MOST_COLS, Line, MatMut, MatRef, PackedActs, TernaryRows, TokensRef,
 };
 use rayon::prelude::*;
 
@@ -37,6 +37,7 @@ impl<'a> Backward<'a> {
     pub(in crate::ops) fn new(weights: &'a [&'a Weights], recipe: LinearRecipe) -> Self {
         let (cols, width) = (weights[0].cols, weights.iter().map(|w| w.rows).sum());
         let Gradients { digits, int8_inputs } = recipe.gradients;
+        let digits = digits.filter(|_| width <= FIXED_MOST_COLS);
         let kind = if (int8_inputs || digits.is_some()) && !recipe.is_float() {
             let digits = digits.filter(|_| !int8_inputs);
             BackwardKind::Integer { turned: turn(weights, width), digits }
@@ -286,6 +287,22 @@ mod tests {
                 Weights { rows, cols, kind: WeightsKind::Ternary { bytes, scale } }
             })
             .collect()
+    }
+
+    /// More outputs than fixed point can add up: floats take its place.
+    #[test]
+    fn the_widest_layers_have_gradients() {
+        let layers = two_layers([FIXED_MOST_COLS, 1], 3);
+        let grad = random([2, FIXED_MOST_COLS + 1], 1e-6, 9).try_to_vec::<f32>().unwrap();
+        let gradients = Gradients { digits: Some(Digits::Three), int8_inputs: false };
+        let recipe = LinearRecipe { gradients, ..recipes()[0] };
+        let of = |weights: &[&Weights], recipe| {
+            let width: usize = weights.iter().map(|w| w.rows).sum();
+            backward_input(&grad[..2 * width], weights, recipe).into_vec()
+        };
+        let both = [&layers[0], &layers[1]];
+        assert_eq!(of(&both, recipe), of(&both, recipes()[0]));
+        assert_ne!(of(&both[..1], recipe), of(&both[..1], recipes()[0]));
     }
 
     /// Half a step, times the magnitudes that it meets, and what f32 rounds.
