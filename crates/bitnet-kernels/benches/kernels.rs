@@ -355,8 +355,17 @@ fn fixed() {
     for (rows, cols, count) in
         [(96, 256, 2048), (96, 768, 1024), (96, 768, 2048), (96, 2048, 1024), (96, 2560, 2048)]
     {
-        let g: Vec<f32> = noise(count * rows).iter().map(|&b| f32::from(b as i8) * 0.03).collect();
-        let left = MatRef::new(&g, count, rows, rows).t();
+        // As in training: each run takes the next block of a layer's outputs, which lie apart.
+        const BLOCKS: usize = 8;
+        let width = BLOCKS * rows;
+        let g: Vec<f32> = noise(count * width).iter().map(|&b| f32::from(b as i8) * 0.03).collect();
+        let turn = std::cell::Cell::new(0);
+        let left = || {
+            turn.set((turn.get() + 1) % BLOCKS);
+            let first = turn.get() * rows;
+            MatRef::new(&g, count, width, width).t().slice_rows(first, first + rows)
+        };
+        let left = &left;
         let x = tokens(count, cols);
         let mut out = vec![0.0f32; rows * cols];
         let mut runs: Vec<Run<'_>> = Vec::new();
@@ -393,7 +402,7 @@ fn fixed() {
                         let acts = PackedActs::new(&lines, &x.scales, cols);
                         let mut out = out.borrow_mut();
                         let out = MatMut::new(&mut out, rows, cols);
-                        k.fixed_product(digits, black_box(left), acts, out, false);
+                        k.fixed_product(digits, black_box(left()), acts, out, false);
                     }),
                 ));
             }
@@ -403,7 +412,7 @@ fn fixed() {
                     let right = PackedRef::new(&units, count, cols);
                     let mut out = out.borrow_mut();
                     k.float_product(
-                        black_box(left),
+                        black_box(left()),
                         right,
                         MatMut::new(&mut out, rows, cols),
                         false,

@@ -90,7 +90,8 @@ impl<'a> MatRef<'a> {
     }
 
     /// Whether the columns of the view are what lies side by side.
-    pub(crate) fn is_transposed(self) -> bool {
+    #[must_use]
+    pub fn is_transposed(self) -> bool {
         self.transposed
     }
 
@@ -207,6 +208,21 @@ impl Kernels {
         dispatch!(self, isa => pack(isa, source, rows, cols, out));
     }
 
+    /// Copies rows that lie apart side by side.
+    ///
+    /// # Shapes
+    /// `from` is `[rows, cols]`, as is `out`.
+    ///
+    /// # Panics
+    /// If the shapes do not fit, or `from` is transposed.
+    pub fn gather(self, from: MatRef<'_>, out: &mut [f32]) {
+        assert!(!from.transposed, "rows lie side by side");
+        assert_eq!(out.len(), from.rows * from.cols, "[{}, {}]", from.rows, from.cols);
+        if from.cols > 0 {
+            dispatch!(self, isa => gather(isa, from, out));
+        }
+    }
+
     /// `out = a · b`, or `out += a · b` where `accumulate`: the chain then begins
     /// with what is there. `b` may have more rows than `a` has columns and more
     /// columns than `out`; they do not count.
@@ -233,6 +249,15 @@ impl Kernels {
     }
 }
 
+/// See [`Kernels::gather`].
+#[inline(always)]
+fn gather<S: Simd>(isa: S, from: MatRef<'_>, out: &mut [f32]) {
+    for (t, out) in out.chunks_exact_mut(from.cols).enumerate() {
+        from.prefetch(isa, t + AHEAD, from.cols);
+        out.copy_from_slice(from.stored(t, 0, from.cols));
+    }
+}
+
 /// See [`Kernels::pack_block`].
 #[inline(always)]
 fn pack<S: Simd>(isa: S, source: PackSource<'_>, rows: usize, cols: usize, out: &mut [Unit]) {
@@ -244,7 +269,12 @@ fn pack<S: Simd>(isa: S, source: PackSource<'_>, rows: usize, cols: usize, out: 
                 let row = m.stored(k, 0, cols);
                 for col in (0..cols).step_by(PANEL) {
                     let from = &row[col..cols.min(col + PANEL)];
-                    out.row(k, col)[..from.len()].copy_from_slice(from);
+                    let to = out.row(k, col);
+                    // Of known length it is two moves, not a call.
+                    match (to.as_mut_array::<PANEL>(), from.as_array::<PANEL>()) {
+                        (Some(to), Some(from)) => *to = *from,
+                        _ => to[..from.len()].copy_from_slice(from),
+                    }
                 }
             }
         }

@@ -118,6 +118,8 @@ fn panel_sums<S: Simd, C: Codec, const U: usize>(
     let blocks = w.layout.row_bytes(w.cols) / 64;
     // A block of a unit becomes 16 vectors a plane.
     let chunk = PANEL_VECTORS / (UNIT * C::PLANES * U);
+    // Groups of four columns; what only fills the last block is left out.
+    let groups = w.cols.div_ceil(4).next_multiple_of(2);
     for start in (0..blocks).step_by(chunk) {
         let range = start..blocks.min(start + chunk);
         let mut later = Later::new(w, if range.end == blocks { 0 } else { range.end }, chunk);
@@ -130,11 +132,13 @@ fn panel_sums<S: Simd, C: Codec, const U: usize>(
         unpack::<S, C, U>(isa, w, range.clone(), panel);
         // SAFETY: `unpack` has written every vector of the slice.
         let panel = unsafe { init(panel) };
+        let first = start * C::PLANES * UNIT;
+        let panel = &panel[..steps.min(groups - first) * U];
         let mut t = 0;
         while t < x.len() {
             let left = (x.len() - t).min(S::TILE_TOKENS);
             let sums = &mut scratch.sums[t * U..(t + left) * U];
-            let acts = Acts { x, t, step: start * C::PLANES * UNIT };
+            let acts = Acts { x, t, step: first };
             if range.end == blocks {
                 (t..t + left).for_each(&mut *ahead);
             }

@@ -4,11 +4,12 @@
 //! give the same bits. The backward pass computes the probabilities again, in blocks
 //! of queries, from the saved inputs: T × T is never held.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bitnet_core::rope;
 use bitnet_kernels::{
-    ATTEND_TILE, AttendQuery, KvHead, MatMut, MatRef, attend_scores_len, key_blocks_len, store_key,
+    ATTEND_TILE, AttendQuery, KEY_BLOCK, KvHead, MatMut, MatRef, attend_scores_len, key_blocks_len,
+    store_key,
 };
 use burn::tensor::{Device, Tensor, TensorData, activation};
 use rayon::prelude::*;
@@ -59,6 +60,11 @@ impl AttentionShape {
         1.0 / (self.head_dim as f32).sqrt()
     }
 
+    /// A buffer for a head of the longest segment: documents of many lengths share buffers.
+    fn head(&self) -> Scratch<f32> {
+        Scratch::any(self.time * self.head_dim)
+    }
+
     /// The rows that see each other, in order.
     fn segments(&self) -> Vec<Segment> {
         let whole = || vec![self.time; self.batch];
@@ -80,8 +86,24 @@ impl AttentionShape {
         self.segments().iter().flat_map(start).collect()
     }
 
-    /// Cosines and sines, each `[T, C/2]`.
-    pub(super) fn tables(&self) -> Tables {
+    /// Cosines and sines, each `[T, C/2]`; the layers of a model share them.
+    pub(super) fn tables(&self) -> Arc<Tables> {
+        /// The shapes of a student and its teacher, and of their evaluation.
+        const KEPT: usize = 4;
+        type Known = Vec<((usize, usize, u32), Arc<Tables>)>;
+        static KNOWN: Mutex<Known> = Mutex::new(Vec::new());
+        let shape = (self.time, self.head_dim, self.rope_theta.to_bits());
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, tables)) = known.iter().find(|(of, _)| *of == shape) {
+            return tables.clone();
+        }
+        let tables = Arc::new(self.new_tables());
+        known.truncate(KEPT - 1);
+        known.insert(0, (shape, tables.clone()));
+        tables
+    }
+
+    fn new_tables(&self) -> Tables {
         let half = self.head_dim / 2;
         let frequencies = rope::frequencies(self.head_dim, self.rope_theta);
         let mut cos = vec![0.0; self.time * half];
@@ -203,13 +225,13 @@ pub(super) struct Heads<'a> {
 }
 
 impl Heads<'_> {
-    /// Head `head` of a segment, `[len, C]`.
-    fn gather(&self, segment: Segment, c: usize, head: usize) -> Vec<f32> {
-        let mut out = Vec::with_capacity(segment.len * c);
-        for t in segment.start..segment.start + segment.len {
-            let at = t * self.stride + self.first + head * c;
-            out.extend_from_slice(&self.data[at..at + c]);
-        }
+    /// Head `head` of a segment, `[len, C]`, at the beginning of a buffer for any.
+    fn gather(&self, s: &AttentionShape, segment: Segment, head: usize) -> Scratch<f32> {
+        let c = s.head_dim;
+        let mut out = s.head();
+        let at = segment.start * self.stride + self.first + head * c;
+        let rows = MatRef::new(&self.data[at..], segment.len, c, self.stride);
+        kernels().gather(rows, &mut out[..segment.len * c]);
         out
     }
 }
@@ -271,19 +293,22 @@ fn forward_group(
 ) {
     let (segment, kv) = (segments[task / s.kv_heads], task % s.kv_heads);
     let (group, c, len) = (s.heads / s.kv_heads, s.head_dim, segment.len);
-    let mut keys = qkv.k.gather(segment, c, kv);
-    tables.rotate(&mut keys);
-    let mut blocks = vec![0.0f32; key_blocks_len(len, c)];
-    for (t, key) in keys.chunks_exact(c).enumerate() {
-        store_key(&mut blocks, t, key);
+    let mut keys = qkv.k.gather(s, segment, kv);
+    tables.rotate(&mut keys[..len * c]);
+    // Keys behind the last are zeros.
+    let mut blocks = Scratch::any(key_blocks_len(s.time, c));
+    let blocks = &mut blocks[..key_blocks_len(len, c)];
+    blocks[len / KEY_BLOCK * KEY_BLOCK * c..].fill(0.0);
+    for (t, key) in keys[..len * c].chunks_exact(c).enumerate() {
+        store_key(blocks, t, key);
     }
-    let values = qkv.v.gather(segment, c, kv);
-    let cached = KvHead::F32 { keys: &blocks, values: &values };
-    let mut scores = vec![0.0f32; attend_scores_len(ATTEND_TILE, len)];
-    let mut mixed = vec![0.0f32; len * c];
+    let values = qkv.v.gather(s, segment, kv);
+    let cached = KvHead::F32 { keys: blocks, values: &values[..len * c] };
+    let mut scores = Scratch::any(attend_scores_len(ATTEND_TILE, s.time));
+    let mut mixed = s.head();
     for g in 0..group {
-        let mut q = qkv.q.gather(segment, c, kv * group + g);
-        tables.rotate(&mut q);
+        let mut q = qkv.q.gather(s, segment, kv * group + g);
+        tables.rotate(&mut q[..len * c]);
         // Neighbouring queries share the loads of keys and values.
         for first in (0..len).step_by(ATTEND_TILE) {
             let queries: Vec<AttendQuery> = (first..len.min(first + ATTEND_TILE))
@@ -291,7 +316,7 @@ fn forward_group(
                 .collect();
             kernels().attend_tile(&queries, &q, cached, c, s.scale(), &mut scores, &mut mixed);
         }
-        for (t, mixed) in mixed.chunks_exact(c).enumerate() {
+        for (t, mixed) in mixed[..len * c].chunks_exact(c).enumerate() {
             out.row(t)[g * c..(g + 1) * c].copy_from_slice(mixed);
         }
     }
@@ -329,32 +354,34 @@ fn backward_group(
 ) {
     let (len, c) = (segment.len, s.head_dim);
     let group = s.heads / s.kv_heads;
-    let mut keys = qkv.k.gather(segment, c, kv);
-    tables.rotate(&mut keys);
-    let values = qkv.v.gather(segment, c, kv);
+    let mut keys = qkv.k.gather(s, segment, kv);
+    tables.rotate(&mut keys[..len * c]);
+    let values = qkv.v.gather(s, segment, kv);
     let matrix = |x| MatRef::new(x, len, c, c);
     let cached = Cached {
         keys: Packed::floats(matrix(&keys)),
         keys_t: Packed::floats(matrix(&keys).t()),
         values_t: Packed::floats(matrix(&values).t()),
     };
-    let (mut dk, mut dv) = (vec![0.0f32; len * c], vec![0.0f32; len * c]);
+    let (mut dk, mut dv, mut dq) = (s.head(), s.head(), s.head());
+    let (dk, dv, dq) = (&mut dk[..len * c], &mut dv[..len * c], &mut dq[..len * c]);
+    dk.fill(0.0);
+    dv.fill(0.0);
     for g in 0..group {
-        let mut q = qkv.q.gather(segment, c, kv * group + g);
-        tables.rotate(&mut q);
-        let dout = grad.gather(segment, c, kv * group + g);
-        let mut dq = vec![0.0f32; len * c];
+        let mut q = qkv.q.gather(s, segment, kv * group + g);
+        tables.rotate(&mut q[..len * c]);
+        let dout = grad.gather(s, segment, kv * group + g);
         for start in (0..len).step_by(BLOCK) {
             let rows = start * c..(start + BLOCK).min(len) * c;
             let block = QueryBlock { start, q: &q[rows.clone()], dout: &dout[rows.clone()] };
-            block.backward(s, &cached, &mut dq[rows], &mut dk, &mut dv);
+            block.backward(s, &cached, &mut dq[rows], dk, dv);
         }
-        tables.rotate_back(&mut dq);
+        tables.rotate_back(dq);
         for (t, dq) in dq.chunks_exact(c).enumerate() {
             to.q.row(t)[g * c..(g + 1) * c].copy_from_slice(dq);
         }
     }
-    tables.rotate_back(&mut dk);
+    tables.rotate_back(dk);
     for (t, (dk, dv)) in dk.chunks_exact(c).zip(dv.chunks_exact(c)).enumerate() {
         to.k.row(t).copy_from_slice(dk);
         to.v.row(t).copy_from_slice(dv);
@@ -390,8 +417,10 @@ impl QueryBlock<'_> {
         let n = self.q.len() / c;
         let end = self.start + n;
         let (q, dout) = (MatRef::new(self.q, n, c, c), MatRef::new(self.dout, n, c, c));
-        let (mut p, mut ds) = (Scratch::any(n * end), Scratch::any(n * end));
-        kernel.float_product(q, cached.keys_t.view(), MatMut::new(&mut p, n, end), false);
+        let most = BLOCK * s.time;
+        let (mut p, mut ds) = (Scratch::any(most), Scratch::any(most));
+        let (p, ds) = (&mut p[..n * end], &mut ds[..n * end]);
+        kernel.float_product(q, cached.keys_t.view(), MatMut::new(p, n, end), false);
         for (i, row) in p.chunks_exact_mut(end).enumerate() {
             let (seen, unseen) = row.split_at_mut(self.start + i + 1);
             kernel.scale(seen, s.scale());
@@ -402,15 +431,15 @@ impl QueryBlock<'_> {
         let seen = |x| MatRef::new(x, n, end, end);
         let own = Packed::floats(dout);
         let to = MatMut::new(&mut dv[..end * c], end, c);
-        kernel.float_product(seen(&p).t(), own.view(), to, true);
-        kernel.float_product(dout, cached.values_t.view(), MatMut::new(&mut ds, n, end), false);
+        kernel.float_product(seen(p).t(), own.view(), to, true);
+        kernel.float_product(dout, cached.values_t.view(), MatMut::new(ds, n, end), false);
         for (ds, p) in ds.chunks_exact_mut(end).zip(p.chunks_exact(end)) {
             kernel.softmax_backward(p, ds, s.scale());
         }
-        kernel.float_product(seen(&ds), cached.keys.view(), MatMut::new(dq, n, c), false);
+        kernel.float_product(seen(ds), cached.keys.view(), MatMut::new(dq, n, c), false);
         let own = Packed::floats(q);
         let to = MatMut::new(&mut dk[..end * c], end, c);
-        kernel.float_product(seen(&ds).t(), own.view(), to, true);
+        kernel.float_product(seen(ds).t(), own.view(), to, true);
     }
 }
 

@@ -12,9 +12,6 @@ use super::products::{self, Packed};
 use super::scratch::{self, Scratch};
 use crate::profile;
 
-/// Tokens whose logits exist at one time, in one task.
-const TOKENS: usize = 96;
-
 /// Elements that one task of a loop over gradients takes.
 const CHUNK: usize = 1 << 16;
 
@@ -261,15 +258,21 @@ struct Gradients {
 }
 
 impl LanguageLoss {
-    /// Weighted losses of the tokens from `first` on; `logits` becomes the gradient
-    /// of the loss with respect to them.
-    fn losses(&self, logits: &mut [f32], first: usize, teacher: Option<&Packed>) -> f64 {
+    /// Weighted losses of the tokens from `first` on, one each; `logits` becomes the
+    /// gradient of the loss with respect to them.
+    fn losses(
+        &self,
+        logits: &mut [f32],
+        first: usize,
+        teacher: Option<&Packed>,
+        losses: &mut [f64],
+    ) {
         let mean = 1.0 / self.targets.len() as f32;
-        let mut total = 0.0f64;
         let tokens = logits.len() / self.vocab;
         let mut soft = (self.teacher.as_ref().zip(teacher))
             .map(|(t, packed)| t.logits(packed, first, tokens, self.vocab));
-        for (i, row) in logits.chunks_exact_mut(self.vocab).enumerate() {
+        let rows = logits.chunks_exact_mut(self.vocab).zip(losses);
+        for (i, (row, own)) in rows.enumerate() {
             let token = first + i;
             let weight = self.weights.as_ref().map_or(mean, |w| w[token]);
             let scale = weight * self.cross_entropy;
@@ -289,12 +292,11 @@ impl LanguageLoss {
             if let Some(soft) = soft {
                 row.iter_mut().zip(soft).for_each(|(p, s)| *p += *s * weight);
             }
-            total += match &self.weights {
+            *own = match &self.weights {
                 None => loss,
                 Some(_) => loss * f64::from(weight),
             };
         }
-        total
     }
 }
 
@@ -302,42 +304,47 @@ impl CpuOp<2> for LanguageLoss {
     type Saved = Gradients;
 
     fn forward(&self, [hidden, weight]: [Buffer; 2], track: bool) -> (Vec<f32>, Option<Gradients>) {
-        /// Tokens of a round: bounds the logits that exist at once.
-        const ROUND: usize = 6 * TOKENS;
+        /// Most tokens of a round: bounds the logits that exist at once.
+        const ROUND: usize = 576;
         let (vocab, cols) = (self.vocab, self.cols);
+        let tokens = self.targets.len();
+        // Rounds of one size.
+        let at_once = tokens.div_ceil(tokens.div_ceil(ROUND).max(1));
+        let part = products::task_rows(at_once, 8);
         let _span = profile::span("head");
         let w = MatRef::new(weight.data(), vocab, cols, cols);
         let (turned, packed) = (Packed::floats(w.t()), track.then(|| Packed::floats(w)));
         let teacher = self.teacher.as_ref().map(|t| t.packed(vocab));
-        let mut total = 0.0f64;
+        let mut losses = vec![0.0f64; tokens];
         let mut dhidden = Scratch::any(if track { hidden.data().len() } else { 0 });
         let mut dweight = Scratch::any(if track { weight.data().len() } else { 0 });
-        let mut logits = Scratch::any(ROUND.min(hidden.data().len() / cols) * vocab);
-        for (round, hidden) in hidden.data().chunks(ROUND * cols).enumerate() {
+        let mut logits = Scratch::any(at_once * vocab);
+        for (round, hidden) in hidden.data().chunks((at_once * cols).max(1)).enumerate() {
             let tokens = hidden.len() / cols;
             let dlogits = &mut logits[..tokens * vocab];
-            let losses: Vec<f64> = dlogits
-                .par_chunks_mut(TOKENS * vocab)
-                .zip(hidden.par_chunks(TOKENS * cols))
+            let losses = &mut losses[round * at_once..][..tokens];
+            dlogits
+                .par_chunks_mut(part * vocab)
+                .zip(hidden.par_chunks(part * cols))
+                .zip(losses.par_chunks_mut(part))
                 .enumerate()
                 .with_max_len(1)
-                .map(|(part, (logits, hidden))| {
+                .for_each(|(i, ((logits, hidden), losses))| {
                     let n = hidden.len() / cols;
                     let x = MatRef::new(hidden, n, cols, cols);
                     let out = MatMut::new(&mut *logits, n, vocab);
                     kernels().float_product(x, turned.view(), out, false);
-                    self.losses(logits, round * ROUND + part * TOKENS, teacher.as_ref())
-                })
-                .collect();
-            total += losses.iter().sum::<f64>();
+                    self.losses(logits, round * at_once + i * part, teacher.as_ref(), losses);
+                });
             if let Some(packed) = &packed {
                 let d = MatRef::new(dlogits, tokens, vocab, vocab);
-                let dh = &mut dhidden[round * ROUND * cols..][..tokens * cols];
+                let dh = &mut dhidden[round * at_once * cols..][..tokens * cols];
                 products::product(d, packed, dh, false);
                 let x = Packed::floats(MatRef::new(hidden, tokens, cols, cols));
                 products::product(d.t(), &x, &mut dweight, round > 0);
             }
         }
+        let total = losses.iter().sum::<f64>();
         let loss = match &self.weights {
             None => (total / self.targets.len() as f64) as f32,
             Some(_) => total as f32,

@@ -90,16 +90,25 @@ impl Packed {
     }
 }
 
+/// Rows of each of the tasks that a float product of `rows` rows is cut into: whole tiles
+/// of `tile` rows, and as many for every thread as can be.
+pub(super) fn task_rows(rows: usize, tile: usize) -> usize {
+    let threads = rayon::current_num_threads();
+    let fewest = rows.div_ceil(FLOAT_ROWS).max(1).next_multiple_of(threads);
+    let own = |tasks: usize| rows.div_ceil(tasks).next_multiple_of(tile).max(tile);
+    let counts = (0..3).map(|more| fewest + more * threads);
+    // The first of those that take the least time.
+    counts.min_by_key(|&tasks| own(tasks) * tasks).map_or(tile, own)
+}
+
 /// `out = a · b`, or `out += a · b`, for contiguous `out` `[M, N]`.
 pub(super) fn product(a: MatRef<'_>, b: &Packed, out: &mut [f32], accumulate: bool) {
-    let cols = b.cols;
-    out.par_chunks_mut((FLOAT_ROWS * cols).max(1)).enumerate().with_max_len(1).for_each(
-        |(i, out)| {
-            let rows = out.len() / cols;
-            let a = a.slice_rows(i * FLOAT_ROWS, i * FLOAT_ROWS + rows);
-            kernels().float_product(a, b.view(), MatMut::new(out, rows, cols), accumulate);
-        },
-    );
+    let (cols, own) = (b.cols, task_rows(a.rows(), if a.is_transposed() { 12 } else { 8 }));
+    out.par_chunks_mut((own * cols).max(1)).enumerate().with_max_len(1).for_each(|(i, out)| {
+        let rows = out.len() / cols;
+        let a = a.slice_rows(i * own, i * own + rows);
+        kernels().float_product(a, b.view(), MatMut::new(out, rows, cols), accumulate);
+    });
 }
 
 /// `a · b` of floats.
