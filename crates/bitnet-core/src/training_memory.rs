@@ -17,7 +17,7 @@ use serde::Serialize;
 
 use crate::names::{Linear, Norm};
 use crate::quantizer::{ActivationQuantizer, Granularity};
-use crate::{Dtype, Layout, ModelConfig, WeightQuantizer};
+use crate::{Dtype, Layout, ModelConfig, ParameterCount, WeightQuantizer};
 
 pub use teacher::{RelationShape, TeacherShape};
 
@@ -36,6 +36,8 @@ pub struct TrainingShape {
     pub recompute: bool,
     /// Whether the matrices are Muon's, with one moment instead of two.
     pub muon: bool,
+    /// Whether AdamW's moments are kept as bytes.
+    pub byte_moments: bool,
     /// Whether quantisation is blended in: products are of floats then.
     pub blends: bool,
     /// The teacher that is followed, if there is one.
@@ -159,6 +161,18 @@ pub fn tensors(run: &TrainingShape) -> (Parts, &'static str) {
     (ledger.peak, ledger.peak_moment)
 }
 
+/// Bytes of an optimizer's state: AdamW's two moments of every parameter, in f32 or, but
+/// for the norms', as bytes with two scales for every 64, or Muon's one f32 of every element
+/// of a linear layer.
+#[must_use]
+pub fn optimizer_bytes(count: &ParameterCount, muon: bool, byte_moments: bool) -> u64 {
+    let linear = if muon { 0 } else { count.linear };
+    let large = count.embedding + count.head + linear;
+    let moments = if byte_moments { 2 * large + 8 * large.div_ceil(64) } else { 2 * F32 * large };
+    let muon = if muon { F32 * count.linear } else { 0 };
+    moments + 2 * F32 * count.norms + muon
+}
+
 /// The sizes of a run, in elements.
 struct Walk<'c> {
     run: &'c TrainingShape,
@@ -233,8 +247,7 @@ impl<'c> Walk<'c> {
         l.moment = "start";
         l.hold(WEIGHTS, weights);
         let muon = self.run.muon;
-        let state = if muon { 2 * count.total() - count.linear } else { 2 * count.total() };
-        l.hold(OPTIMIZER, F32 * state);
+        l.hold(OPTIMIZER, optimizer_bytes(&count, muon, self.run.byte_moments));
         if let Some(teacher) = &self.run.teacher {
             l.hold(TEACHER, F32 * teacher.model.parameter_count().total());
         }

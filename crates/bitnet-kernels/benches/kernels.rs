@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::{Activation, Layout};
 use bitnet_kernels::{
-    AttendQuery, DenseRows, Digits, FIXED_DEPTH, Kernels, KvHead, KvHeadInt8Mut, Line,
-    LineAllocator, MatMut, MatRef, PACK_DEPTH, PackSource, PackedActs, PackedRef, QuantizedTokens,
-    TernaryRows, Unit, attend_scores_len, key_blocks_len, packed_len, store_key,
+    AdamW, AttendQuery, DenseRows, Digits, FIXED_DEPTH, Kernels, KvHead, KvHeadInt8Mut, Line,
+    LineAllocator, MOMENT_BLOCK, MatMut, MatRef, MomentsMut, PACK_DEPTH, PackSource, PackedActs,
+    PackedRef, QuantizedTokens, TernaryRows, Unit, attend_scores_len, key_blocks_len, packed_len,
+    store_key,
 };
 use half::f16;
 
@@ -540,6 +541,26 @@ fn float() {
     let mut bytes = vec![0u8; Layout::P2.row_bytes(n)];
     line("pack_weight_row", n, &mut |k| {
         k.pack_weight_row(black_box(&a), 1.3, &mut bytes);
+    });
+    // More than a cache holds, as in training.
+    let many = 1 << 23;
+    let step = AdamW {
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        scale: 1.0,
+        keep: 0.9999,
+        rate: 1e-3,
+        root: 1.0,
+    };
+    let g: Vec<f32> = (0..many).map(|i| a[i % n]).collect();
+    let (mut p, mut first, mut second) = (g.clone(), vec![0.0; many], vec![0.0; many]);
+    line("adamw", many, &mut |k| k.adamw(&step, &mut p, black_box(&g), &mut first, &mut second));
+    let (mut first, mut second) = (vec![128; many], vec![0; many]);
+    let mut scales = vec![[0.0; 2]; many / MOMENT_BLOCK];
+    line("adamw, moments as bytes", many, &mut |k| {
+        let moments = MomentsMut { first: &mut first, second: &mut second, scales: &mut scales };
+        k.adamw_bytes(&step, (1, 0), &mut p, black_box(&g), moments);
     });
     let (len, head) = (1000, 128);
     let mut keys = vec![f16::ZERO; key_blocks_len(len, head)];

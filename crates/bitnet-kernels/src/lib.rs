@@ -55,6 +55,6 @@ pub use float_product::{MatRef, PACK_DEPTH, PackSource, PackedRef, Unit, packed_
 pub use int4_rows::{INT4_MAX_COLS, Int4Rows};
 pub use isa::{IsaError, Kernels, required_isas_missing};
 pub use mat::MatMut;
-pub use optimizer::AdamW;
+pub use optimizer::{AdamW, MOMENT_BLOCK, MomentsMut};
 pub use quantize::repack_row;
 pub use ternary::{QuantizedTokens, TernaryRows, TokensRef};

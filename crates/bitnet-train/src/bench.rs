@@ -131,6 +131,7 @@ pub fn bench(options: &BenchOptions) -> Result<BenchReport, TrainError> {
     let config = &options.config;
     config.validate()?;
     config.quantization.check_device(options.device)?;
+    config.optimizer.check_device(options.device)?;
     let device = options.device.open()?.autodiff();
     let batches = match options.corpus {
         true => corpus_batches(options)?,

@@ -10,16 +10,16 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::{fs, process};
 
-use bitnet_core::ModelConfig;
+use bitnet_core::{Dtype, ModelConfig};
 use bitnet_data::{StreamState, Tokenizer};
 use bitnet_format::atomic::AtomicDir;
-use bitnet_format::hf::{self, SpecialTokens, TensorFile, TensorFileWriter};
+use bitnet_format::hf::{self, SpecialTokens, Stored, TensorFile, TensorFileWriter};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
 use crate::error::with_path;
 use crate::model::Transformer;
-use crate::optim::Optimizer;
+use crate::optim::{Optimizer, ReadState, StateTensor, StateValues};
 use crate::weights::Trits;
 
 /// The version of `state.json` that this program writes and reads.
@@ -31,6 +31,8 @@ const TOKENIZER: &str = "tokenizer.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
 /// The key in the header of `optimizer.safetensors` that says what wrote it.
 const KIND: &str = "optimizer";
+/// And the one that says what its moments are kept as.
+const MOMENTS: &str = "moments";
 const STATE: &str = "state.json";
 const GOLDEN: &str = "golden.json";
 /// In the folders of chats that `bitnet-data` prepares, and in Hugging Face's.
@@ -145,19 +147,59 @@ fn write_files(dir: &Path, s: &Snapshot<'_>) -> Result<(), TrainError> {
         let path = dir.join(CHAT_TEMPLATE);
         fs::write(&path, template).map_err(with_path(&path))?;
     }
-    let shapes = s.optimizer.state_shapes();
-    let mut out = TensorFileWriter::create(
-        dir.join(OPTIMIZER),
-        &[(KIND, s.optimizer.kind().name())],
-        shapes,
-    )?;
-    for (name, values) in s.optimizer.state() {
-        out.write(&name, &values)?;
-    }
-    out.commit()?;
+    write_optimizer(&dir.join(OPTIMIZER), s.optimizer)?;
     s.trits.map_or(Ok(()), |trits| trits.save(dir))?;
     write_json(&dir.join(GOLDEN), s.golden)?;
     write_json(&dir.join(STATE), s.state)
+}
+
+fn write_optimizer(path: &Path, optimizer: &Optimizer) -> Result<(), TrainError> {
+    let about = [(KIND, optimizer.kind().name()), (MOMENTS, optimizer.moments().name())];
+    let spec = |(name, values): StateTensor<'_>| {
+        let stored = match values {
+            StateValues::Bytes(_) => Stored::U8,
+            _ => Stored::Float(Dtype::F32),
+        };
+        (name, vec![values.count()], stored)
+    };
+    let specs = optimizer.state().map(spec).collect();
+    let mut out = TensorFileWriter::with_types(path, &about, specs)?;
+    for (name, values) in optimizer.state() {
+        match values {
+            StateValues::Tensor(tensor) => {
+                let data = tensor.to_data();
+                out.write(&name, data.as_slice().expect("the state is f32"))?;
+            }
+            StateValues::Floats(values) => out.write(&name, values)?,
+            StateValues::Bytes(values) => out.write_bytes(&name, values)?,
+        }
+    }
+    Ok(out.commit()?)
+}
+
+/// Reads `optimizer.safetensors`.
+struct OptimizerFile(TensorFile);
+
+impl OptimizerFile {
+    fn checked<T>(&self, name: &str, values: Vec<T>, len: usize) -> Result<Vec<T>, TrainError> {
+        if values.len() == len {
+            return Ok(values);
+        }
+        let what = format!("tensor {name}: expected [{len}], found [{}]", values.len());
+        Err(TrainError::checkpoint(self.0.path(), what))
+    }
+}
+
+impl ReadState for OptimizerFile {
+    type Error = TrainError;
+
+    fn floats(&mut self, name: &str, len: usize) -> Result<Vec<f32>, TrainError> {
+        self.checked(name, self.0.read(name)?, len)
+    }
+
+    fn bytes(&mut self, name: &str, len: usize) -> Result<Vec<u8>, TrainError> {
+        self.checked(name, self.0.read_bytes(name)?, len)
+    }
 }
 
 fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrainError> {
@@ -268,21 +310,20 @@ pub fn load(
     let step = load_state(checkpoint)?.step;
     let model = model.load_tensors(|name, _| files.read(name))?;
     let file = TensorFile::open(checkpoint.join(OPTIMIZER))?;
-    // Files from before there were two kinds do not say.
-    let (found, expected) = (file.meta(KIND).unwrap_or("adamw"), optimizer.kind().name());
-    if found != expected {
-        let what =
-            format!("is the state of {found}, the config says optimizer.kind = \"{expected}\"");
-        return Err(TrainError::checkpoint(file.path(), what));
-    }
-    optimizer.load(step, |name, length| {
-        let values = file.read(name)?;
-        if values.len() == length {
-            return Ok(values);
+    // Older files do not say.
+    for (key, name, absent, expected) in [
+        (KIND, "kind", "adamw", optimizer.kind().name()),
+        (MOMENTS, "moments", "f32", optimizer.moments().name()),
+    ] {
+        let found = file.meta(key).unwrap_or(absent);
+        if found != expected {
+            let what = format!(
+                "is a state with optimizer.{name} = \"{found}\", the config says \"{expected}\""
+            );
+            return Err(TrainError::checkpoint(file.path(), what));
         }
-        let what = format!("tensor {name}: expected [{length}], found [{}]", values.len());
-        Err(TrainError::checkpoint(file.path(), what))
-    })?;
+    }
+    optimizer.load(step, &mut OptimizerFile(file))?;
     Ok(model)
 }
 

@@ -6,7 +6,7 @@ use bitnet_core::training_memory::{self, TeacherShape, TrainingShape};
 pub use bitnet_core::training_memory::Parts;
 
 use crate::config::TrainConfig;
-use crate::optim::OptimizerKind;
+use crate::optim::{MomentType, OptimizerKind};
 
 /// The peak of a run's own tensors: what is live when it is reached, and the
 /// phase of the run in which that is. `teacher` is that of a config with `[distill]`.
@@ -20,6 +20,7 @@ pub fn tensors(config: &TrainConfig, teacher: Option<&TeacherShape>) -> (Parts, 
         micro_steps: batch.micro_steps(),
         recompute: batch.recompute,
         muon: config.optimizer.kind == OptimizerKind::Muon,
+        byte_moments: config.optimizer.moments == MomentType::Int8,
         blends: config.quantization.blend > 0.0,
         teacher: teacher.cloned(),
     })

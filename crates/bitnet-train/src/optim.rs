@@ -15,7 +15,7 @@ mod muon;
 
 #[cfg(test)]
 pub(crate) use config::tests::adamw as config_for_tests;
-pub use config::{Group, GroupConfig, GroupsConfig, OptimizerConfig, OptimizerKind};
+pub use config::{Group, GroupConfig, GroupsConfig, MomentType, OptimizerConfig, OptimizerKind};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
@@ -26,7 +26,7 @@ use crate::ops::cpu::kernels;
 use crate::profile;
 use crate::ranks::Ranks;
 use crate::schedule::Rates;
-use adamw::Moments;
+use adamw::{ByteMoments, Moments};
 use muon::Momentum;
 
 /// Elements that one task of a parallel loop takes. Fixed, so that sums come in
@@ -151,11 +151,51 @@ struct Slot {
 #[derive(Debug)]
 enum SlotState {
     Adamw(Box<Moments>),
+    AdamwBytes(Box<ByteMoments>),
     Muon(Box<Momentum>),
 }
 
-/// A tensor of the optimizer's state: name, length, values.
-pub type StateTensor = (String, Vec<f32>);
+/// A tensor of the optimizer's state: its name and values.
+pub type StateTensor<'o> = (String, StateValues<'o>);
+
+/// The values of a tensor of the optimizer's state.
+#[derive(Debug, Clone)]
+pub enum StateValues<'o> {
+    /// f32.
+    Tensor(&'o Tensor<1>),
+    /// Scales of moments.
+    Floats(&'o [f32]),
+    /// Moments as bytes.
+    Bytes(&'o [u8]),
+}
+
+impl StateValues<'_> {
+    /// Their number.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        match self {
+            Self::Tensor(tensor) => tensor.dims()[0],
+            Self::Floats(values) => values.len(),
+            Self::Bytes(values) => values.len(),
+        }
+    }
+}
+
+/// Reads saved state back, tensor by tensor.
+pub trait ReadState {
+    /// What can go wrong.
+    type Error;
+    /// The f32 tensor `name` of `len` values.
+    ///
+    /// # Errors
+    /// A tensor that is not there, of another type or another length.
+    fn floats(&mut self, name: &str, len: usize) -> Result<Vec<f32>, Self::Error>;
+    /// The tensor `name` of `len` bytes.
+    ///
+    /// # Errors
+    /// As there.
+    fn bytes(&mut self, name: &str, len: usize) -> Result<Vec<u8>, Self::Error>;
+}
 
 impl Optimizer {
     /// An optimizer of `model`, its state zero. `host`: the parameters lie in host
@@ -168,7 +208,9 @@ impl Optimizer {
         host: bool,
     ) -> Self {
         let device = device.clone().without_autodiff();
-        let mut visitor = Zeros { path: Vec::new(), kind: config.kind, device, slots: Vec::new() };
+        let bytes = host && config.moments == MomentType::Int8;
+        let mut visitor =
+            Zeros { path: Vec::new(), kind: config.kind, bytes, device, slots: Vec::new() };
         model.visit(&mut visitor);
         Self { config: config.clone(), host, steps: 0, slots: visitor.slots }
     }
@@ -212,27 +254,28 @@ impl Optimizer {
         model.map(&mut Finisher { optimizer: self, next: 0, taken })
     }
 
-    /// Names and lengths of the state's tensors, in the order of
-    /// [`Optimizer::state`].
+    /// What AdamW's moments are kept as.
     #[must_use]
-    pub fn state_shapes(&self) -> Vec<(String, Vec<usize>)> {
-        self.tensors().map(|(name, tensor)| (name, tensor.dims().to_vec())).collect()
+    pub fn moments(&self) -> MomentType {
+        self.config.moments
     }
 
-    /// The state, tensor by tensor.
-    pub fn state(&self) -> impl Iterator<Item = StateTensor> + '_ {
-        self.tensors().map(|(name, tensor)| (name, slice(&tensor.to_data()).to_vec()))
-    }
-
-    fn tensors(&self) -> impl Iterator<Item = (String, &Tensor<1>)> {
+    /// The state, tensor by tensor, in the order of the module's parameters.
+    pub fn state(&self) -> impl Iterator<Item = StateTensor<'_>> {
         self.slots.iter().flat_map(|slot| {
             let tensors = match &slot.state {
                 SlotState::Adamw(m) => {
-                    [("exp_avg", Some(&m.first)), ("exp_avg_sq", Some(&m.second))]
+                    let [first, second] = [&m.first, &m.second].map(StateValues::Tensor);
+                    vec![("exp_avg", first), ("exp_avg_sq", second)]
                 }
-                SlotState::Muon(m) => [("momentum_buffer", Some(&m.buffer)), ("", None)],
+                SlotState::AdamwBytes(m) => {
+                    let [first, second] = [&m.first[..], &m.second].map(StateValues::Bytes);
+                    let scales = StateValues::Floats(m.scales.as_flattened());
+                    vec![(FIRST, first), (SECOND, second), (SCALES, scales)]
+                }
+                SlotState::Muon(m) => vec![("momentum_buffer", StateValues::Tensor(&m.buffer))],
             };
-            tensors.into_iter().filter_map(|(part, t)| Some((format!("{}.{part}", slot.name), t?)))
+            tensors.into_iter().map(|(part, values)| (format!("{}.{part}", slot.name), values))
         })
     }
 
@@ -240,30 +283,39 @@ impl Optimizer {
     ///
     /// # Errors
     /// What `read` returns for a tensor that is not there or of another length.
-    pub fn load<E>(
-        &mut self,
-        steps: u64,
-        mut read: impl FnMut(&str, usize) -> Result<Vec<f32>, E>,
-    ) -> Result<(), E> {
+    pub fn load<R: ReadState>(&mut self, steps: u64, read: &mut R) -> Result<(), R::Error> {
         for slot in &mut self.slots {
-            let mut replace = |part: &str, tensor: &mut Tensor<1>| {
+            let name = |part: &str| format!("{}.{part}", slot.name);
+            let replace = |part: &str, tensor: &mut Tensor<1>, read: &mut R| {
                 let ([length], device) = (tensor.dims(), tensor.device());
-                let values = read(&format!("{}.{part}", slot.name), length)?;
+                let values = read.floats(&name(part), length)?;
                 *tensor = Tensor::from_data(TensorData::new(values, [length]), &device);
                 Ok(())
             };
             match &mut slot.state {
                 SlotState::Adamw(m) => {
-                    replace("exp_avg", &mut m.first)?;
-                    replace("exp_avg_sq", &mut m.second)?;
+                    replace("exp_avg", &mut m.first, read)?;
+                    replace("exp_avg_sq", &mut m.second, read)?;
                 }
-                SlotState::Muon(m) => replace("momentum_buffer", &mut m.buffer)?,
+                SlotState::AdamwBytes(m) => {
+                    m.first = read.bytes(&name(FIRST), m.first.len())?;
+                    m.second = read.bytes(&name(SECOND), m.second.len())?;
+                    let scales = read.floats(&name(SCALES), 2 * m.scales.len())?;
+                    m.scales.as_flattened_mut().copy_from_slice(&scales);
+                }
+                SlotState::Muon(m) => replace("momentum_buffer", &mut m.buffer, read)?,
             }
         }
         self.steps = steps;
         Ok(())
     }
 }
+
+/// The parts of moments that are kept as bytes: multiples of the first moments' scales,
+/// less 128; of those of the second moments' roots; and the two scales of every 64.
+const FIRST: &str = "exp_avg.uint8";
+const SECOND: &str = "exp_avg_sq.root.uint8";
+const SCALES: &str = "moments.scales";
 
 /// What takes the sum of the gradients of `micro_steps`, of norm `norm`, to their
 /// mean, clipped to `clip_norm` (0: not at all).
@@ -275,6 +327,8 @@ fn clipped(clip_norm: f64, norm: f64, micro_steps: usize) -> f64 {
 struct Zeros {
     path: Vec<String>,
     kind: OptimizerKind,
+    /// Whether moments are kept as bytes.
+    bytes: bool,
     device: Device,
     slots: Vec<Slot>,
 }
@@ -297,6 +351,9 @@ impl ModuleVisitor for Zeros {
             (OptimizerKind::Muon, Group::Matrices, &[rows, cols]) => {
                 SlotState::Muon(Box::new(Momentum { buffer: zeros(), shape: [rows, cols] }))
             }
+            _ if self.bytes && group != Group::Norms => {
+                SlotState::AdamwBytes(Box::new(ByteMoments::zeros(shape.num_elements())))
+            }
             _ => SlotState::Adamw(Box::new(Moments { first: zeros(), second: zeros() })),
         };
         self.slots.push(Slot { name, group, state });
@@ -317,7 +374,8 @@ struct Stepper<'o> {
 impl ModuleMapper for Stepper<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Optimizer { config, host, steps, slots } = &mut *self.optimizer;
-        let slot = &mut slots[self.next];
+        let at = self.next;
+        let slot = &mut slots[at];
         self.next += 1;
         let Some(gradient) = self.gradients.next().flatten() else {
             self.taken.push(None);
@@ -343,6 +401,12 @@ impl ModuleMapper for Stepper<'_> {
                 } else {
                     (None, update.apply_tensors(flat, gradient, moments))
                 }
+            }
+            SlotState::AdamwBytes(moments) => {
+                let update = adamw::Update::new(config, rates, *steps, self.scale);
+                let of = (*steps, at);
+                let taken = update.take_bytes(flat, gradient, moments, shape.clone(), of);
+                (Some(taken), Tensor::zeros([1], &device))
             }
             SlotState::Muon(momentum) => {
                 let update = muon::Update::new(config, rates, momentum.shape, self.scale);
@@ -372,15 +436,12 @@ impl ModuleMapper for Finisher<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let at = self.next;
         self.next += 1;
-        let (Some(taken), SlotState::Adamw(moments)) =
-            (self.taken[at].take(), &mut self.optimizer.slots[at].state)
-        else {
-            return param;
-        };
+        let Some(taken) = self.taken[at].take() else { return param };
+        let state = &mut self.optimizer.slots[at].state;
         let (id, tensor, mapper) = param.consume();
         let (strategy, tracked) = (tensor.device(), tensor.is_require_grad());
         let device = tensor.inner().device();
-        let mut tensor: Tensor<D> = taken.finish(moments, &device);
+        let mut tensor: Tensor<D> = taken.finish(state, &device);
         if strategy.is_autodiff() {
             tensor = Tensor::from_inner(tensor).set_require_grad(tracked);
         }

@@ -150,6 +150,7 @@ impl<'r> Trainer<'r> {
         let mut config = options.config.clone();
         config.validate()?;
         config.quantization.check_device(options.device.first())?;
+        config.optimizer.check_device(options.device.first())?;
         let train = Arc::new(Dataset::open(&config.data.dir, Split::Train)?);
         let validation = Dataset::open(&config.data.dir, Split::Validation)?;
         let tokenizer = train.tokenizer()?;

@@ -157,10 +157,52 @@ fn muon_goes_on_bit_for_bit_and_wants_its_own_state() {
     assert!(size(&whole) < size(&adamw));
     assert_ne!(losses(&adamw)[0].1[0], 0);
     for (run, kind, message) in [
-        (&parts, &adamw, "is the state of muon, the config says optimizer.kind = \"adamw\""),
-        (&adamw, &parts, "is the state of adamw, the config says optimizer.kind = \"muon\""),
+        (&parts, &adamw, "is a state with optimizer.kind = \"muon\", the config says \"adamw\""),
+        (&adamw, &parts, "is a state with optimizer.kind = \"adamw\", the config says \"muon\""),
     ] {
         let mut config = kind.clone();
+        config.run_dir.clone_from(&run.run_dir);
+        let error = train(&config, true, None).unwrap_err();
+        assert_eq!(error.exit(), Exit::BadInput);
+        assert!(error.to_string().ends_with(message), "{error}");
+    }
+}
+
+/// Moments as bytes are part of a checkpoint as they are, and rounded alike by any number
+/// of threads.
+#[test]
+fn moments_as_bytes_go_on_bit_for_bit_and_want_their_own_state() {
+    use bitnet_train::optim::MomentType;
+
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = |run| {
+        let mut config = config(dir.path(), run);
+        config.optimizer.moments = MomentType::Int8;
+        config
+    };
+    let (whole, parts) = (bytes("whole"), bytes("parts"));
+    let summary = train(&whole, false, None).unwrap();
+    let first = f64::from_bits(losses(&whole)[1].1[0]);
+    assert!(summary.train_loss.unwrap() < first);
+    for until in [3, 10] {
+        train(&parts, true, Some(until)).unwrap();
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| train(&parts, true, None)).unwrap();
+    assert_eq!(losses(&parts), losses(&whole));
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let read = |c: &TrainConfig| fs::read(last(c).join(file)).unwrap();
+        assert!(read(&parts) == read(&whole), "{file}");
+    }
+    let size = |c: &TrainConfig| fs::metadata(last(c).join("optimizer.safetensors")).unwrap().len();
+    let floats = config(dir.path(), "floats");
+    train(&floats, false, Some(1)).unwrap();
+    assert!(size(&whole) * 3 < size(&floats), "{} and {}", size(&whole), size(&floats));
+    for (run, other, message) in [
+        (&parts, &floats, "is a state with optimizer.moments = \"int8\", the config says \"f32\""),
+        (&floats, &parts, "is a state with optimizer.moments = \"f32\", the config says \"int8\""),
+    ] {
+        let mut config = other.clone();
         config.run_dir.clone_from(&run.run_dir);
         let error = train(&config, true, None).unwrap_err();
         assert_eq!(error.exit(), Exit::BadInput);

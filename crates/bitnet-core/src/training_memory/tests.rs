@@ -10,6 +10,7 @@ fn small() -> TrainingShape {
         micro_steps: 2,
         recompute: false,
         muon: false,
+        byte_moments: false,
         blends: false,
         teacher: None,
     }
@@ -49,6 +50,7 @@ fn shapes() -> Vec<TrainingShape> {
         }
         run.recompute = bit(4);
         run.muon = bit(5);
+        run.byte_moments = bit(0);
         // One micro-step or two.
         (run.micro_batch, run.micro_steps) = if bit(6) { (4, 1) } else { (2, 2) };
         run.blends = bit(7);
@@ -76,17 +78,31 @@ fn all_that_a_step_takes_is_freed() {
         let mut ledger = Ledger::default();
         Walk::new(&run).run(&mut ledger);
         let count = run.model.parameter_count();
-        let state = if run.muon { 2 * count.total() - count.linear } else { 2 * count.total() };
+        let state = optimizer_bytes(&count, run.muon, run.byte_moments);
         let teacher = run.teacher.as_ref().map_or(0, |t| t.model.parameter_count().total());
         let left = Parts {
             weights: 4 * count.total(),
-            optimizer: 4 * state,
+            optimizer: state,
             teacher: 4 * teacher,
             ..Parts::default()
         };
         assert_eq!(in_use(&ledger), left, "{run:?}");
         assert!(ledger.peak.total() < 100 << 20, "{:?}", ledger.peak);
     }
+}
+
+#[test]
+fn moments_as_bytes_take_a_quarter() {
+    let count = ModelConfig::tiny().parameter_count();
+    let large = count.embedding + count.head + count.linear;
+    let floats = optimizer_bytes(&count, false, false);
+    assert_eq!(floats, 8 * count.total());
+    let bytes = optimizer_bytes(&count, false, true);
+    assert_eq!(bytes, 2 * large + large / 64 * 8 + 8 * count.norms);
+    assert!(bytes < floats * 28 / 100, "{bytes} of {floats}");
+    assert_eq!(optimizer_bytes(&count, true, false), 8 * count.total() - 4 * count.linear);
+    let muon = optimizer_bytes(&count, true, true);
+    assert_eq!(muon, bytes - count.linear * 2 - count.linear / 64 * 8 + 4 * count.linear);
 }
 
 /// What is saved of a block, counted by hand: model tiny (D = 64, F = 160, H = 4,

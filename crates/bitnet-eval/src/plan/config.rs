@@ -23,6 +23,8 @@ pub struct Training {
     pub recompute: bool,
     /// Whether the matrices are Muon's.
     pub muon: bool,
+    /// Whether AdamW's moments are kept as bytes.
+    pub byte_moments: bool,
     /// Whether quantisation is blended in.
     pub blends: bool,
     /// Digits of 8 bits of the linear layers' gradients; none: they are floats.
@@ -72,6 +74,7 @@ struct Schedule {
 #[derive(Deserialize, Default)]
 struct Optimizer {
     kind: Option<String>,
+    moments: Option<String>,
 }
 
 #[derive(Deserialize, Default)]
@@ -104,8 +107,7 @@ pub fn load(name: &str) -> Result<Subject, EvalError> {
     let name = file.name.or(stem).unwrap_or_default();
     let training = match (file.batch, file.schedule) {
         (Some(batch), Some(schedule)) => {
-            let optimizer = file.optimizer.kind.as_deref().unwrap_or("adamw");
-            let training = training(&batch, &schedule, optimizer, &file.quantization);
+            let training = training(&batch, &schedule, &file.optimizer, &file.quantization);
             Some(Training { distills: file.distill.is_some(), ..training.map_err(bad)? })
         }
         _ => None,
@@ -116,7 +118,7 @@ pub fn load(name: &str) -> Result<Subject, EvalError> {
 fn training(
     batch: &Batch,
     schedule: &Schedule,
-    optimizer: &str,
+    optimizer: &Optimizer,
     quantization: &Quantization,
 ) -> Result<Training, String> {
     let micro_batch = match &batch.micro_batch {
@@ -137,10 +139,15 @@ fn training(
             micro_batch.unwrap_or(1)
         ));
     }
-    let muon = match optimizer {
-        "adamw" => false,
-        "muon" => true,
-        other => return Err(format!("optimizer.kind = {other:?}: adamw or muon")),
+    let muon = match optimizer.kind.as_deref() {
+        None | Some("adamw") => false,
+        Some("muon") => true,
+        Some(other) => return Err(format!("optimizer.kind = {other:?}: adamw or muon")),
+    };
+    let byte_moments = match optimizer.moments.as_deref() {
+        None | Some("f32") => false,
+        Some("int8") => true,
+        Some(other) => return Err(format!("optimizer.moments = {other:?}: f32 or int8")),
     };
     let digits = match quantization.gradients.as_deref() {
         None | Some("fixed24") => Some(3),
@@ -156,6 +163,7 @@ fn training(
         micro_batch,
         recompute: batch.recompute,
         muon,
+        byte_moments,
         blends: quantization.blend > 0.0,
         digits,
         int8_backward: quantization.int8_backward,

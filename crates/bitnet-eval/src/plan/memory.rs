@@ -1,13 +1,14 @@
 //! What a model needs on disk and in memory, in bytes, from its shape alone.
 
 use bitnet_core::names::{Linear, Norm};
+use bitnet_core::training_memory::optimizer_bytes;
 use bitnet_core::{ModelConfig, WeightQuantizer};
 use bitnet_engine::KvType;
 use bitnet_kernels::{ATTEND_TILE, QuantizedTokens, attend_scores_len};
 use serde::Serialize;
 
-use super::Form;
 use super::rates::{CHUNK, block_bytes};
+use super::{Form, Training};
 
 /// Tensors of a packed file begin at multiples of this.
 const ALIGNMENT: u64 = 64;
@@ -149,10 +150,9 @@ pub fn available_bytes() -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// A checkpoint on disk: master weights in f32 and the optimizer's moments.
+/// A checkpoint on disk: master weights in f32 and the optimizer's state.
 #[must_use]
-pub fn checkpoint_bytes(config: &ModelConfig, muon: bool) -> (u64, u64) {
+pub fn checkpoint_bytes(config: &ModelConfig, training: &Training) -> (u64, u64) {
     let count = config.parameter_count();
-    let moments = if muon { 2 * count.total() - count.linear } else { 2 * count.total() };
-    (4 * count.total(), 4 * moments)
+    (4 * count.total(), optimizer_bytes(&count, training.muon, training.byte_moments))
 }

@@ -356,6 +356,7 @@ fn training_plan(
         micro_steps: in_step / micro_batch,
         recompute: training.recompute,
         muon: training.muon,
+        byte_moments: training.byte_moments,
         blends: training.blends,
         teacher: None,
     };
@@ -372,7 +373,7 @@ fn training_plan(
         }
     };
     let (memory, peak_in) = training_memory::tensors(&memory_of(micro_batch));
-    let (weights, optimizer) = checkpoint_bytes(config, training.muon);
+    let (weights, optimizer) = checkpoint_bytes(config, training);
     let flop_per_token = training_flop(config, training.sequence, training.recompute);
     let token_seconds = match options.flops {
         Some(_) => None,

@@ -149,6 +149,7 @@ fn training_is_planned_as_the_config_says() {
         micro_batch: Some(2),
         recompute: false,
         muon: false,
+        byte_moments: false,
         blends: false,
         digits: None,
         int8_backward: false,
@@ -200,6 +201,7 @@ fn a_training_token_takes_its_products() {
         micro_batch: Some(2),
         recompute: false,
         muon: false,
+        byte_moments: false,
         blends: false,
         digits: None,
         int8_backward: false,
@@ -240,6 +242,8 @@ fn a_training_token_takes_its_products() {
         is(fixed.weight_gradients, f64::from(digits) / 3.0 * 2.0 * linear / 150e9 * longer);
         is(fixed.head, base.head);
     }
+    let bytes = time(&config, &Training { byte_moments: true, ..training.clone() });
+    is(bytes.step, micro_step + 20.0 * all / 20e9 / 8192.0);
     let muon = time(&config, &Training { muon: true, ..training.clone() });
     let square = |n: f64, k: f64| 5.0 * (2.0 * n * n * k + n * n * n);
     let of_layer =

@@ -47,6 +47,9 @@ const SUM_BYTES: f64 = 12.0;
 /// Bytes of a parameter that AdamW and the norm of the gradient move in a step.
 const OPTIMIZER_BYTES: f64 = 32.0;
 
+/// What moments as bytes spare of them.
+const SPARED_BYTES: f64 = 12.0;
+
 /// Muon's Newton-Schulz steps.
 const MUON_STEPS: f64 = 5.0;
 
@@ -151,6 +154,7 @@ impl TrainingTime {
         let read = rates.read_at(4.0 * all) * 1e9;
         let sums = if at_once < in_step { SUM_BYTES * all } else { 0.0 };
         let micro_step = (WEIGHT_BYTES * linear + sums) / read / at_once;
+        let moved = OPTIMIZER_BYTES - if training.byte_moments { SPARED_BYTES } else { 0.0 };
         let muon = if training.muon { newton_schulz_macs(config) / inputs } else { 0.0 };
         Self {
             forward,
@@ -160,7 +164,7 @@ impl TrainingTime {
             attention,
             elementwise: elementwise * (ELEMENTWISE + again),
             longer,
-            step: micro_step + (OPTIMIZER_BYTES * all / read + muon) / in_step,
+            step: micro_step + (moved * all / read + muon) / in_step,
         }
     }
 }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::TrainError;
+use crate::device::DeviceChoice;
 
 /// Which optimizer updates the linear layers' matrices. Embedding, head and norms
 /// are AdamW's in any case.
@@ -27,6 +28,30 @@ impl OptimizerKind {
     }
 }
 
+/// What AdamW's moments of matrices, embedding and head are kept as; those of the norms,
+/// which are few, are f32.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MomentType {
+    /// 4 bytes each.
+    #[default]
+    F32,
+    /// A byte each and two scales for every 64, as
+    /// [`bitnet_kernels::Kernels::adamw_bytes`] keeps them.
+    Int8,
+}
+
+impl MomentType {
+    /// Its name in configs and checkpoints.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Int8 => "int8",
+        }
+    }
+}
+
 /// The `[optimizer]` table.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -40,6 +65,9 @@ pub struct OptimizerConfig {
     pub beta2: f64,
     /// Added to the root of AdamW's second moment.
     pub eps: f64,
+    /// What AdamW's moments are kept as. Only on the CPU as bytes.
+    #[serde(default)]
+    pub moments: MomentType,
     /// Decay of Muon's momentum (muon only).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub momentum: Option<f64>,
@@ -125,6 +153,18 @@ impl GroupsConfig {
 }
 
 impl OptimizerConfig {
+    /// Checks the table against the device.
+    ///
+    /// # Errors
+    /// A key that this device cannot follow.
+    pub fn check_device(&self, device: DeviceChoice) -> Result<(), TrainError> {
+        if self.moments == MomentType::Int8 && device != DeviceChoice::Cpu {
+            let reason = format!("is for --device cpu, not {device}");
+            return Err(TrainError::value("optimizer.moments", "int8", reason));
+        }
+        Ok(())
+    }
+
     /// Checks that the values go together.
     ///
     /// # Errors
@@ -168,6 +208,7 @@ pub(crate) mod tests {
             beta1: 0.9,
             beta2: 0.95,
             eps: 1e-8,
+            moments: MomentType::F32,
             momentum: None,
             clip_norm,
             groups: GroupsConfig::default(),
@@ -225,5 +266,10 @@ pub(crate) mod tests {
         }
         adamw(1.0).validate().unwrap();
         muon().validate().unwrap();
+        let bytes = OptimizerConfig { moments: MomentType::Int8, ..adamw(1.0) };
+        bytes.check_device(DeviceChoice::Cpu).unwrap();
+        adamw(1.0).check_device(DeviceChoice::Wgpu(None)).unwrap();
+        let error = bytes.check_device(DeviceChoice::Wgpu(None)).unwrap_err().to_string();
+        assert_eq!(error, "optimizer.moments = int8: is for --device cpu, not wgpu");
     }
 }
