@@ -3,11 +3,11 @@
 //! As bytes the moments of [`MOMENT_BLOCK`] neighbours share two scales (block by block as in
 //! arXiv:2110.02861): the first moment is a multiple `± c²` of its scale with c up to 127, the
 //! second's root one with c up to 255, so that small neighbours of a large one keep some
-//! digits. The step itself takes moments
-//! of f32; what is kept of them is rounded up or down by chance, so that the mean of what is
-//! kept is what was to be kept: rounded to the nearest, a mean that moves by less than half a
-//! multiple in a step would stand still. The chances are a hash of a seed and the element's
-//! index, so that a step is the same whenever and wherever it is taken.
+//! digits. The step itself takes moments of f32; what is kept of them is rounded up or down by
+//! chance, so that the mean of what is kept is what was to be kept (but for roots below one
+//! multiple, which become one): rounded to the nearest, a mean that moves by less than half
+//! the way to its neighbour in a step would stand still. The chances are a hash of a seed and
+//! the element's index, so that a step is the same whenever and wherever it is taken.
 
 use crate::isa::{Kernels, dispatch};
 

@@ -199,7 +199,7 @@ pub trait ReadState {
 
 impl Optimizer {
     /// An optimizer of `model`, its state zero. `host`: the parameters lie in host
-    /// memory.
+    /// memory; only there moments can be bytes.
     #[must_use]
     pub fn new<M: Module>(
         config: &OptimizerConfig,
@@ -208,11 +208,13 @@ impl Optimizer {
         host: bool,
     ) -> Self {
         let device = device.clone().without_autodiff();
-        let bytes = host && config.moments == MomentType::Int8;
+        let moments = if host { config.moments } else { MomentType::F32 };
+        let bytes = moments == MomentType::Int8;
         let mut visitor =
             Zeros { path: Vec::new(), kind: config.kind, bytes, device, slots: Vec::new() };
         model.visit(&mut visitor);
-        Self { config: config.clone(), host, steps: 0, slots: visitor.slots }
+        let config = OptimizerConfig { moments, ..config.clone() };
+        Self { config, host, steps: 0, slots: visitor.slots }
     }
 
     /// What updates the matrices.
@@ -311,8 +313,7 @@ impl Optimizer {
     }
 }
 
-/// The parts of moments that are kept as bytes: multiples of the first moments' scales,
-/// less 128; of those of the second moments' roots; and the two scales of every 64.
+/// The parts of moments that are kept as bytes, see [`bitnet_kernels::MomentsMut`].
 const FIRST: &str = "exp_avg.uint8";
 const SECOND: &str = "exp_avg_sq.root.uint8";
 const SCALES: &str = "moments.scales";

@@ -59,6 +59,8 @@ pub struct Plan {
 pub fn dry_run(options: &RunOptions) -> Result<Plan, TrainError> {
     let mut config = options.config.clone();
     config.validate()?;
+    config.quantization.check_device(options.device.first())?;
+    config.optimizer.check_device(options.device.first())?;
     let train = Dataset::open(&config.data.dir, Split::Train)?;
     let validation = Dataset::open(&config.data.dir, Split::Validation)?;
     let tokenizer = train.tokenizer()?;

@@ -178,11 +178,6 @@ impl<'r> Trainer<'r> {
         let text = config_file::to_toml(&config)?;
         let saved_config = fs::read_to_string(run_dir.join("config.toml")).ok();
         ranks.barrier();
-        if ranks.is_first() {
-            write_atomic(run_dir.join("config.toml"), |w| {
-                std::io::Write::write_all(w, text.as_bytes())
-            })?;
-        }
         let corpus_hash = train.manifest().corpus_hash.clone();
         let data = Data::of(&config.data.dir, train.manifest());
         let eos = train.eos_id();
@@ -216,7 +211,11 @@ impl<'r> Trainer<'r> {
         };
         let start = Start { changed, ..Start::now(state.step, &options.device, data) };
         let changed = start.changed.clone();
+        // Only now: a run that cannot be gone on with like this keeps its own.
         if ranks.is_first() {
+            write_atomic(run_dir.join("config.toml"), |w| {
+                std::io::Write::write_all(w, text.as_bytes())
+            })?;
             RunInfo::append(run_dir, start, options.resume)?;
         }
         let steps = config.schedule.steps;

@@ -58,6 +58,18 @@ fn a_dry_run_writes_nothing_and_names_every_part() {
         assert!(text.contains(part), "{part}: {text}");
     }
     assert_eq!(files(), before);
+    // What the run would refuse is not planned.
+    for (key, words) in [
+        ("optimizer.moments=int8", "optimizer.moments = int8: is for --device cpu, not ndarray"),
+        ("quantization.gradients=fixed16", "quantization.gradients = fixed16: is for --device cpu"),
+    ] {
+        let mut command = command(dir.path(), "tiny", &MODEL);
+        let output = command.args(["--dry-run", "--device", "ndarray", "--set", key]).output();
+        let output = output.unwrap();
+        assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+        assert!(stderr(&output).contains(words), "{}", stderr(&output));
+    }
+    assert_eq!(files(), before);
     let plan = json(command(dir.path(), "tiny", &MODEL).arg("--dry-run"));
     assert_eq!(plan["micro_batch"], 16);
     assert_eq!(plan["micro_steps"], 2);

@@ -204,10 +204,21 @@ fn moments_as_bytes_go_on_bit_for_bit_and_want_their_own_state() {
     ] {
         let mut config = other.clone();
         config.run_dir.clone_from(&run.run_dir);
+        let saved = || fs::read(run.run_dir.join("config.toml")).unwrap();
+        let before = saved();
         let error = train(&config, true, None).unwrap_err();
         assert_eq!(error.exit(), Exit::BadInput);
         assert!(error.to_string().ends_with(message), "{error}");
+        assert_eq!(saved(), before, "a run that is refused keeps its config");
     }
+    // Older checkpoints do not say what their moments are: f32.
+    let path = last(&floats).join("optimizer.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let key = b"\"moments\"";
+    let at = bytes.windows(key.len()).position(|w| w == key).unwrap();
+    let older = [&bytes[..at], b"\"earlier\"", &bytes[at + key.len()..]].concat();
+    fs::write(&path, older).unwrap();
+    train(&floats, true, Some(2)).unwrap();
 }
 
 #[test]

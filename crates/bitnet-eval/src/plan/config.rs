@@ -223,6 +223,8 @@ mod tests {
         assert!(error_of("tokens = 64\nmicro_batch = \"all\"").contains("\"auto\""));
         let bad = rest("tokens = 64\nmicro_batch = 2\n[optimizer]\nkind = \"sgd\"");
         assert!(error(&bad).contains("optimizer.kind = \"sgd\""));
+        let bad = bad.replace("kind = \"sgd\"", "moments = \"int4\"");
+        assert!(error(&bad).contains("optimizer.moments = \"int4\": f32 or int8"));
         let spoilt = model.replace("hidden_size = 64", "hidden_size = 65");
         let wrong = error(&format!("[model]\n{spoilt}"));
         assert!(wrong.contains("c.toml: model.hidden_size = 65: "), "{wrong}");

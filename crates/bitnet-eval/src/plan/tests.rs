@@ -243,12 +243,16 @@ fn a_training_token_takes_its_products() {
         is(fixed.head, base.head);
     }
     let bytes = time(&config, &Training { byte_moments: true, ..training.clone() });
-    is(bytes.step, micro_step + 20.0 * all / 20e9 / 8192.0);
+    let norms = config.parameter_count().norms as f64;
+    is(bytes.step, micro_step + (20.0 * all + 12.0 * norms) / 20e9 / 8192.0);
+    let both = time(&config, &Training { muon: true, byte_moments: true, ..training.clone() });
+    let spared = 12.0 * (all - norms - linear) / 20e9 / 8192.0;
     let muon = time(&config, &Training { muon: true, ..training.clone() });
     let square = |n: f64, k: f64| 5.0 * (2.0 * n * n * k + n * n * n);
     let of_layer =
         2.0 * square(2560.0, 2560.0) + 2.0 * square(640.0, 2560.0) + 3.0 * square(2560.0, 6912.0);
     is(muon.step - base.step, 30.0 * of_layer / 60e9 * longer / 8192.0);
+    is(muon.step - both.step, spared);
     let twin = ModelConfig { weight_quantizer: WeightQuantizer::None, ..config.clone() };
     let float = time(&twin, &Training { int8_backward: true, digits: Some(3), ..training.clone() });
     is(float.forward, 2.0 * linear / 120e9 * longer);

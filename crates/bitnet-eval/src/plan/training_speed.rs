@@ -47,7 +47,7 @@ const SUM_BYTES: f64 = 12.0;
 /// Bytes of a parameter that AdamW and the norm of the gradient move in a step.
 const OPTIMIZER_BYTES: f64 = 32.0;
 
-/// What moments as bytes spare of them.
+/// What moments as bytes spare of them: neither those of norms nor Muon's are.
 const SPARED_BYTES: f64 = 12.0;
 
 /// Muon's Newton-Schulz steps.
@@ -154,7 +154,10 @@ impl TrainingTime {
         let read = rates.read_at(4.0 * all) * 1e9;
         let sums = if at_once < in_step { SUM_BYTES * all } else { 0.0 };
         let micro_step = (WEIGHT_BYTES * linear + sums) / read / at_once;
-        let moved = OPTIMIZER_BYTES - if training.byte_moments { SPARED_BYTES } else { 0.0 };
+        let of_muon = if training.muon { parameters.linear } else { 0 };
+        let of_adamw = parameters.total() - parameters.norms - of_muon;
+        let spared = if training.byte_moments { SPARED_BYTES * of_adamw as f64 } else { 0.0 };
+        let moved = OPTIMIZER_BYTES * all - spared;
         let muon = if training.muon { newton_schulz_macs(config) / inputs } else { 0.0 };
         Self {
             forward,
@@ -164,7 +167,7 @@ impl TrainingTime {
             attention,
             elementwise: elementwise * (ELEMENTWISE + again),
             longer,
-            step: micro_step + (moved * all / read + muon) / in_step,
+            step: micro_step + (moved / read + muon) / in_step,
         }
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bitnet_core::rope;
 use bitnet_kernels::{
     ATTEND_TILE, AttendQuery, KEY_BLOCK, KvHead, MatMut, MatRef, attend_scores_len, key_blocks_len,
-    store_key,
+    packed_len, store_key,
 };
 use burn::tensor::{Device, Tensor, TensorData, activation};
 use rayon::prelude::*;
@@ -359,9 +359,9 @@ fn backward_group(
     let values = qkv.v.gather(s, segment, kv);
     let matrix = |x| MatRef::new(x, len, c, c);
     let cached = Cached {
-        keys: Packed::floats(matrix(&keys)),
-        keys_t: Packed::floats(matrix(&keys).t()),
-        values_t: Packed::floats(matrix(&values).t()),
+        keys: Packed::floats_within(matrix(&keys), packed_len(s.time, c)),
+        keys_t: Packed::floats_within(matrix(&keys).t(), packed_len(c, s.time)),
+        values_t: Packed::floats_within(matrix(&values).t(), packed_len(c, s.time)),
     };
     let (mut dk, mut dv, mut dq) = (s.head(), s.head(), s.head());
     let (dk, dv, dq) = (&mut dk[..len * c], &mut dv[..len * c], &mut dq[..len * c]);

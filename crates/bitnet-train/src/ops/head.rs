@@ -318,7 +318,8 @@ impl CpuOp<2> for LanguageLoss {
         let mut losses = vec![0.0f64; tokens];
         let mut dhidden = Scratch::any(if track { hidden.data().len() } else { 0 });
         let mut dweight = Scratch::any(if track { weight.data().len() } else { 0 });
-        let mut logits = Scratch::any(at_once * vocab);
+        // Of one length but for few tokens, so that it is used again.
+        let mut logits = Scratch::any(ROUND.min(tokens) * vocab);
         for (round, hidden) in hidden.data().chunks((at_once * cols).max(1)).enumerate() {
             let tokens = hidden.len() / cols;
             let dlogits = &mut logits[..tokens * vocab];

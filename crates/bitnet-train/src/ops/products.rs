@@ -74,19 +74,27 @@ impl Packed {
 
     /// Packs floats.
     pub(super) fn floats(b: MatRef<'_>) -> Self {
+        Self::floats_within(b, packed_len(b.rows(), b.cols()))
+    }
+
+    /// The same in a buffer of `room` units, which are enough: operands of many sizes share
+    /// buffers.
+    pub(super) fn floats_within(b: MatRef<'_>, room: usize) -> Self {
         let (rows, cols) = (b.rows(), b.cols());
-        let mut data = Scratch::any(packed_len(rows, cols));
-        data.par_chunks_mut(packed_len(PACK_DEPTH, cols).max(1)).enumerate().for_each(
-            |(i, out)| {
+        let mut data = Scratch::any(room);
+        data[..packed_len(rows, cols)]
+            .par_chunks_mut(packed_len(PACK_DEPTH, cols).max(1))
+            .enumerate()
+            .for_each(|(i, out)| {
                 let rows = b.slice_rows(i * PACK_DEPTH, rows.min((i + 1) * PACK_DEPTH));
                 kernels().pack_block(PackSource::Floats(rows), out);
-            },
-        );
+            });
         Self { data, rows, cols }
     }
 
     pub(super) fn view(&self) -> PackedRef<'_> {
-        PackedRef::new(&self.data, self.rows, self.cols)
+        let own = packed_len(self.rows, self.cols);
+        PackedRef::new(&self.data[..own], self.rows, self.cols)
     }
 }
 

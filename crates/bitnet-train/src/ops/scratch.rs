@@ -21,6 +21,9 @@ const CHUNK: usize = 1 << 16;
 
 /// What a buffer can hold.
 pub(crate) trait Element: Copy + Default + Send + 'static {
+    /// What new buffers hold in tests: no value that a sum could hide.
+    const UNWRITTEN: Option<Self>;
+
     /// The buffers that wait to be used again, by length.
     fn waiting() -> &'static Mutex<HashMap<usize, Shelf<Self>>>;
 }
@@ -41,8 +44,10 @@ impl<T> Default for Shelf<T> {
 }
 
 macro_rules! element {
-    ($($type:ty),*) => {$(
+    ($($type:ty: $unwritten:expr),*) => {$(
         impl Element for $type {
+            const UNWRITTEN: Option<Self> = $unwritten;
+
             fn waiting() -> &'static Mutex<HashMap<usize, Shelf<Self>>> {
                 static WAITING: std::sync::LazyLock<Mutex<HashMap<usize, Shelf<$type>>>> =
                     std::sync::LazyLock::new(Mutex::default);
@@ -51,7 +56,7 @@ macro_rules! element {
         }
     )*};
 }
-element!(f32, u8, i8, Unit, Line);
+element!(f32: Some(f32::NAN), u8: Some(0xa5), i8: Some(0x5a), Unit: None, Line: None);
 
 /// A vector of fixed length, which waits to be used again when it is dropped.
 #[derive(Debug)]
@@ -60,7 +65,8 @@ pub(crate) struct Scratch<T: Element>(Vec<T>);
 impl<T: Element> Scratch<T> {
     /// A buffer with any contents, for those who write all of it.
     pub(crate) fn any(len: usize) -> Self {
-        Self(take(len).unwrap_or_else(|| vec![T::default(); len]))
+        let new = T::UNWRITTEN.filter(|_| cfg!(test)).unwrap_or_default();
+        Self(take(len).unwrap_or_else(|| vec![new; len]))
     }
 
     /// The vector, no longer to be used again.

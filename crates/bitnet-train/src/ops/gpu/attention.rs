@@ -59,12 +59,13 @@ impl Rows {
             .unwrap_or_else(|e| panic!("operation of a GPU: {e}"))
             .int();
         let tables = shape.tables();
-        let table = |data: Vec<f32>| {
-            let table = Tensor::<2>::from_data(TensorData::new(data, [t, half]), device);
+        let table = |data: &[f32]| {
+            let data = TensorData::new(data.to_vec(), [t, half]);
+            let table = Tensor::<2>::from_data(data, device);
             primitive(table.into_dispatch())
         };
         let starts = into_contiguous(starts);
-        Self { starts, cos: table(tables.cos), sin: table(tables.sin) }
+        Self { starts, cos: table(&tables.cos), sin: table(&tables.sin) }
     }
 }
 
