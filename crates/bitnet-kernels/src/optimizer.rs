@@ -221,15 +221,7 @@ mod tests {
 
     #[test]
     fn every_set_takes_the_defined_step() {
-        let step = AdamW {
-            beta1: 0.9,
-            beta2: 0.95,
-            eps: 1e-8,
-            scale: 0.25,
-            keep: 0.9997,
-            rate: 4e-3,
-            root: 3.1,
-        };
+        let step = AdamW { root: 3.1, ..constants() };
         let values = |seed: u32| {
             let value = |i: u32| ((i * 2_654_435_761).wrapping_add(seed) >> 8) as f32 / 1e7 - 0.8;
             (0..77).map(value).collect::<Vec<f32>>()

@@ -121,6 +121,24 @@ fn a_resumed_run_is_the_uninterrupted_one_bit_for_bit() {
     assert_eq!((again.steps, again.checkpoint), (20, summary.checkpoint));
 }
 
+/// Trains a run at once and in three parts, the last on one thread, and compares them.
+fn goes_on_bit_for_bit(whole: &TrainConfig, parts: &TrainConfig) {
+    let summary = train(whole, false, None).unwrap();
+    // The first line counts the weights.
+    let first = f64::from_bits(losses(whole)[1].1[0]);
+    assert!(summary.train_loss.unwrap() < first);
+    for until in [3, 10] {
+        train(parts, true, Some(until)).unwrap();
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| train(parts, true, None)).unwrap();
+    assert_eq!(losses(parts), losses(whole));
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        let read = |c: &TrainConfig| fs::read(last(c).join(file)).unwrap();
+        assert!(read(parts) == read(whole), "{file}");
+    }
+}
+
 /// Muon's momentum is part of a checkpoint, and its products add in an order that
 /// threads do not change.
 #[test]
@@ -136,20 +154,7 @@ fn muon_goes_on_bit_for_bit_and_wants_its_own_state() {
         config
     };
     let (whole, parts) = (muon("whole"), muon("parts"));
-    let summary = train(&whole, false, None).unwrap();
-    // The first line counts the weights.
-    let first = f64::from_bits(losses(&whole)[1].1[0]);
-    assert!(summary.train_loss.unwrap() < first);
-    for until in [3, 10] {
-        train(&parts, true, Some(until)).unwrap();
-    }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-    pool.install(|| train(&parts, true, None)).unwrap();
-    assert_eq!(losses(&parts), losses(&whole));
-    for file in ["model.safetensors", "optimizer.safetensors"] {
-        let read = |c: &TrainConfig| fs::read(last(c).join(file)).unwrap();
-        assert!(read(&parts) == read(&whole), "{file}");
-    }
+    goes_on_bit_for_bit(&whole, &parts);
     // A matrix has one tensor of state with Muon, two with AdamW.
     let size = |c: &TrainConfig| fs::metadata(last(c).join("optimizer.safetensors")).unwrap().len();
     let adamw = config(dir.path(), "adamw");
@@ -181,19 +186,7 @@ fn moments_as_bytes_go_on_bit_for_bit_and_want_their_own_state() {
         config
     };
     let (whole, parts) = (bytes("whole"), bytes("parts"));
-    let summary = train(&whole, false, None).unwrap();
-    let first = f64::from_bits(losses(&whole)[1].1[0]);
-    assert!(summary.train_loss.unwrap() < first);
-    for until in [3, 10] {
-        train(&parts, true, Some(until)).unwrap();
-    }
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-    pool.install(|| train(&parts, true, None)).unwrap();
-    assert_eq!(losses(&parts), losses(&whole));
-    for file in ["model.safetensors", "optimizer.safetensors"] {
-        let read = |c: &TrainConfig| fs::read(last(c).join(file)).unwrap();
-        assert!(read(&parts) == read(&whole), "{file}");
-    }
+    goes_on_bit_for_bit(&whole, &parts);
     let size = |c: &TrainConfig| fs::metadata(last(c).join("optimizer.safetensors")).unwrap().len();
     let floats = config(dir.path(), "floats");
     train(&floats, false, Some(1)).unwrap();
