@@ -590,6 +590,7 @@ impl<'c> Walk<'c> {
         l.hold(ACTIVATIONS, hidden);
         l.take(HEAD, turned);
         if tracked {
+            // Floats; with int8 gradients of inputs integers, which take no more.
             l.take(HEAD, table);
             // Its gradients, which wait for the backward pass.
             l.take(HEAD, hidden);

@@ -361,10 +361,15 @@ fn fixed() {
         let width = BLOCKS * rows;
         let g: Vec<f32> = noise(count * width).iter().map(|&b| f32::from(b as i8) * 0.03).collect();
         let turn = std::cell::Cell::new(0);
-        let left = || {
+        // Row by row, as the head's gradient lies.
+        let left = |rows_first: bool| {
             turn.set((turn.get() + 1) % BLOCKS);
             let first = turn.get() * rows;
-            MatRef::new(&g, count, width, width).t().slice_rows(first, first + rows)
+            let all = match rows_first {
+                true => MatRef::new(&g, width, count, count),
+                false => MatRef::new(&g, count, width, width).t(),
+            };
+            all.slice_rows(first, first + rows)
         };
         let left = &left;
         let x = tokens(count, cols);
@@ -396,16 +401,18 @@ fn fixed() {
             }
             let (x, out, lines) = (&x, &out, std::rc::Rc::new(lines));
             for digits in [Digits::Three, Digits::Two] {
-                let lines = lines.clone();
-                runs.push((
-                    format!("weights {digits:?} {}", k.name()),
-                    Box::new(move || {
-                        let acts = PackedActs::new(&lines, &x.scales, cols);
-                        let mut out = out.borrow_mut();
-                        let out = MatMut::new(&mut out, rows, cols);
-                        k.fixed_product(digits, black_box(left()), acts, out, false);
-                    }),
-                ));
+                for (name, rows_first) in [("weights", false), ("rows", true)] {
+                    let lines = lines.clone();
+                    runs.push((
+                        format!("{name} {digits:?} {}", k.name()),
+                        Box::new(move || {
+                            let acts = PackedActs::new(&lines, &x.scales, cols);
+                            let mut out = out.borrow_mut();
+                            let out = MatMut::new(&mut out, rows, cols);
+                            k.fixed_product(digits, black_box(left(rows_first)), acts, out, false);
+                        }),
+                    ));
+                }
             }
             runs.push((
                 format!("weights float {}", k.name()),
@@ -413,7 +420,7 @@ fn fixed() {
                     let right = PackedRef::new(&units, count, cols);
                     let mut out = out.borrow_mut();
                     k.float_product(
-                        black_box(left()),
+                        black_box(left(false)),
                         right,
                         MatMut::new(&mut out, rows, cols),
                         false,
@@ -474,8 +481,8 @@ fn fixed() {
         let (int8, f32s) = (int8 / times[0] * 1e-9, f32s / times[1] * 1e-9);
         println!("  {rows} rows, {cols} columns, {count} tokens: int8 {int8:.0}, f32 {f32s:.0}");
         for (name, time) in names[2..].iter().zip(&times[2..]) {
-            let operations =
-                if name.starts_with("weights") { rows * count } else { 128 * cols } * cols;
+            let of_inputs = name.starts_with("inputs");
+            let operations = if of_inputs { 128 * cols } else { rows * count } * cols;
             let rate = 2.0 * operations as f64 / time * 1e-9;
             let digits = if name.contains("Three") { 3.0 } else { 2.0 };
             let of_int8 = 100.0 * digits * rate / int8;

@@ -31,25 +31,24 @@ fn rms_norm_backward<S: Simd>(
     }
 }
 
-/// Gradient of `y = silu(gate) · up`.
+/// Gradient of `y = silu(gate) · up`, in its inputs' place.
 #[inline(always)]
-fn silu_mul_backward(gate: &[f32], up: &[f32], grad: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
-    let inputs = gate.iter().zip(up).zip(grad);
-    for (((&g, &u), &dy), (dg, du)) in inputs.zip(dgate.iter_mut().zip(dup)) {
+fn silu_mul_backward(gate: &mut [f32], up: &mut [f32], grad: &[f32]) {
+    for ((gate, up), &dy) in gate.iter_mut().zip(up).zip(grad) {
+        let (g, u) = (*gate, *up);
         let sigmoid = 1.0 / (1.0 + exp(-g));
-        *du = dy * (g * sigmoid);
-        *dg = dy * u * (sigmoid * (1.0 + g * (1.0 - sigmoid)));
+        *up = dy * (g * sigmoid);
+        *gate = dy * u * (sigmoid * (1.0 + g * (1.0 - sigmoid)));
     }
 }
 
-/// Gradient of `y = relu(gate)² · up`.
+/// Gradient of `y = relu(gate)² · up`, in its inputs' place.
 #[inline(always)]
-fn relu2_mul_backward(gate: &[f32], up: &[f32], grad: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
-    let inputs = gate.iter().zip(up).zip(grad);
-    for (((&g, &u), &dy), (dg, du)) in inputs.zip(dgate.iter_mut().zip(dup)) {
-        let r = g.max(0.0);
-        *du = dy * (r * r);
-        *dg = dy * u * (2.0 * r);
+fn relu2_mul_backward(gate: &mut [f32], up: &mut [f32], grad: &[f32]) {
+    for ((gate, up), &dy) in gate.iter_mut().zip(up).zip(grad) {
+        let (r, u) = (gate.max(0.0), *up);
+        *up = dy * (r * r);
+        *gate = dy * u * (2.0 * r);
     }
 }
 
@@ -103,27 +102,15 @@ impl Kernels {
         dispatch!(self, isa => rms_norm_backward(isa, x, weight, inv_rms, grad, dx, dweight));
     }
 
-    /// The backward pass of [`Kernels::silu_mul`], elementwise.
-    pub fn silu_mul_backward(
-        self,
-        gate: &[f32],
-        up: &[f32],
-        grad: &[f32],
-        dgate: &mut [f32],
-        dup: &mut [f32],
-    ) {
-        dispatch!(self, _isa => silu_mul_backward(gate, up, grad, dgate, dup));
+    /// The backward pass of [`Kernels::silu_mul`], elementwise: the gradients of gate and up
+    /// take their place.
+    pub fn silu_mul_backward(self, gate: &mut [f32], up: &mut [f32], grad: &[f32]) {
+        dispatch!(self, _isa => silu_mul_backward(gate, up, grad));
     }
 
-    /// The backward pass of [`Kernels::relu2_mul`], elementwise.
-    pub fn relu2_mul_backward(
-        self,
-        gate: &[f32],
-        up: &[f32],
-        grad: &[f32],
-        dgate: &mut [f32],
-        dup: &mut [f32],
-    ) {
-        dispatch!(self, _isa => relu2_mul_backward(gate, up, grad, dgate, dup));
+    /// The backward pass of [`Kernels::relu2_mul`], elementwise: the gradients of gate and up
+    /// take their place.
+    pub fn relu2_mul_backward(self, gate: &mut [f32], up: &mut [f32], grad: &[f32]) {
+        dispatch!(self, _isa => relu2_mul_backward(gate, up, grad));
     }
 }

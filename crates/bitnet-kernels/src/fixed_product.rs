@@ -31,7 +31,7 @@ use crate::ternary::{TernaryRows, TokensRef};
 
 mod left;
 
-use left::{Block, Lanes, MOST, split};
+use left::{Block, Lanes, MOST, split, split_rows};
 
 /// The digits of 8 bits that a gradient is written with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -263,10 +263,10 @@ impl Kernels {
     /// [`FIXED_DEPTH`] tokens.
     ///
     /// # Shapes
-    /// `g` is `[N, tokens]`, transposed; `acts` is `[tokens, K]`, `out` is `[N, K]`.
+    /// `g` is `[N, tokens]`, transposed or not; `acts` is `[tokens, K]`, `out` is `[N, K]`.
     ///
     /// # Panics
-    /// If the shapes do not fit, or `g` is row-major.
+    /// If the shapes do not fit.
     pub fn fixed_product(
         self,
         digits: Digits,
@@ -275,7 +275,6 @@ impl Kernels {
         out: MatMut<'_, f32>,
         accumulate: bool,
     ) {
-        assert!(g.is_transposed(), "gradients lie token by token");
         assert_eq!((g.rows(), acts.cols), (out.rows(), out.cols()), "shapes of a product");
         assert_eq!(g.cols(), acts.scales.len(), "tokens of a product");
         let packed = self.packed_acts_len(g.cols(), acts.cols);
@@ -364,23 +363,35 @@ fn write_digits<const D: usize>(
 fn pack_acts<S: Simd>(_isa: S, tokens: TokensRef<'_>, col: usize, out: &mut [Line]) {
     if S::GROUP == 4 {
         let flip = if S::UNSIGNED_BYTES { 0x8080_8080 } else { 0 };
-        pack_lines::<4>(tokens, col, out, |q| {
-            let byte = array!(4, j => u32::from(q[j] as u8) << (8 * j));
-            (byte[0] | byte[1] | byte[2] | byte[3]) ^ flip
+        // Row after row: the compiler makes vectors of that, of lane after lane it does not.
+        pack_lines::<4>(tokens, col, out, |rows, line| {
+            let mut lanes = [flip; UNIT];
+            for (j, row) in rows.iter().enumerate() {
+                for (lane, &q) in lanes.iter_mut().zip(*row) {
+                    *lane ^= u32::from(q as u8) << (8 * j);
+                }
+            }
+            for (to, lane) in line.as_chunks_mut::<4>().0.iter_mut().zip(lanes) {
+                *to = lane.to_le_bytes();
+            }
         });
     } else {
-        let word = |q: i8, at: u32| u32::from(i16::from(q) as u16) << (16 * at);
-        pack_lines::<2>(tokens, col, out, |q| word(q[0], 0) | word(q[1], 1));
+        pack_lines::<2>(tokens, col, out, |rows, line| {
+            for (c, lane) in line.as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                let word = |q: i8, at: u32| u32::from(i16::from(q) as u16) << (16 * at);
+                *lane = (word(rows[0][c], 0) | word(rows[1][c], 1)).to_le_bytes();
+            }
+        });
     }
 }
 
-/// Writes the lanes that `lane` makes of `G` tokens.
+/// Writes the lines that `interleave` makes of `G` tokens.
 #[inline(always)]
 fn pack_lines<const G: usize>(
     tokens: TokensRef<'_>,
     mut col: usize,
     out: &mut [Line],
-    lane: impl Fn([i8; G]) -> u32,
+    interleave: impl Fn([&[i8; UNIT]; G], &mut [u8; 64]),
 ) {
     let groups = tokens.len().div_ceil(G);
     for panel in out.chunks_mut(groups * PANEL) {
@@ -398,9 +409,7 @@ fn pack_lines<const G: usize>(
                         *row = own;
                     }
                 }
-                for (c, word) in line.0.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                    *word = lane(array!(G, j => rows[j][c])).to_le_bytes();
-                }
+                interleave(rows, &mut line.0);
             }
         }
         col += own * UNIT;
@@ -453,11 +462,16 @@ fn product<S: Simd, const D: usize, const G: usize>(
         for first in (0..tokens).step_by(FIXED_DEPTH) {
             let depth = FIXED_DEPTH.min(tokens - first);
             let own = g.slice_rows(top, top + rows);
-            split::<S, D, G>(isa, own, first, &acts.scales[first..first + depth], &mut block);
+            let scales = &acts.scales[first..first + depth];
+            if g.is_transposed() {
+                split::<S, D, G>(isa, own, first, scales, &mut block);
+            } else {
+                split_rows::<D, G>(own, first, scales, &mut block);
+            }
             let add = accumulate || first > 0;
             let length = depth.div_ceil(G) * D;
             let lanes = &block.lanes[..rows.div_ceil(STRIP) * length];
-            // SAFETY: `split` has written all lanes of these strips.
+            // SAFETY: either has written all lanes of these strips.
             let lanes = unsafe { init(lanes) };
             for col in (0..cols).step_by(PANEL * UNIT) {
                 let (panel, width) = acts.panel(G, first, col);

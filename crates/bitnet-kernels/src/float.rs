@@ -197,10 +197,10 @@ pub(crate) fn gated_relu2(gate: f32, up: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (low, high) = head.split_at_mut(cos.len());
-    for i in 0..cos.len() {
-        let (a, b) = (low[i], high[i]);
-        low[i] = a * cos[i] - b * sin[i];
-        high[i] = b * cos[i] + a * sin[i];
+    for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
+        let (a, b) = (*low, *high);
+        *low = a * cos - b * sin;
+        *high = b * cos + a * sin;
     }
 }
 

@@ -138,10 +138,10 @@ fn check_against_portable(x: &[f32], y: &[f32], z: &[f32]) {
     let backward = |k: Kernels| {
         let (mut a, mut b) = (vec![0.0; n], vec![0.5; n]);
         k.rms_norm_backward(x, y, 0.7, z, &mut a, &mut b);
-        let (mut c, mut d) = (vec![0.0; n], vec![0.0; n]);
-        k.silu_mul_backward(x, y, z, &mut c, &mut d);
-        let (mut e, mut f) = (vec![0.0; n], vec![0.0; n]);
-        k.relu2_mul_backward(x, y, z, &mut e, &mut f);
+        let (mut c, mut d) = (x.to_vec(), y.to_vec());
+        k.silu_mul_backward(&mut c, &mut d, z);
+        let (mut e, mut f) = (x.to_vec(), y.to_vec());
+        k.relu2_mul_backward(&mut e, &mut f, z);
         [a, b, c, d, e, f].concat()
     };
     // The fused operations give the bits of the calls that they replace.

@@ -201,8 +201,13 @@ pub(crate) fn objective(
     examples: &Examples,
     teacher: Option<&Teacher>,
 ) -> (Objective, Vec<Tensor<2>>) {
-    let (weights, bf16) = (examples.weights.clone(), model.is_bf16());
-    let objective = Objective { weights, bf16, ..Objective::default() };
+    let recipe = model.recipe();
+    let objective = Objective {
+        weights: examples.weights.clone(),
+        bf16: recipe.is_some_and(|r| r.bf16),
+        int8_inputs: recipe.is_some_and(|r| r.is_integer() && r.gradients.int8_inputs),
+        ..Objective::default()
+    };
     let Some(teacher) = teacher else { return (objective, Vec::new()) };
     let (soft, seen) = teacher.answer(examples);
     let cross_entropy = teacher.config.cross_entropy as f32;

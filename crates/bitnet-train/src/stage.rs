@@ -28,8 +28,9 @@ pub struct StageConfig {
     /// What the gradients of integer products are computed with. On the CPU.
     pub gradients: GradientProducts,
     /// Whether the gradients of the linear layers' inputs are integer products too,
-    /// of gradients quantised to int8 per token (SwitchBack, arXiv:2304.13013): faster,
-    /// and no longer the exact gradients. On the CPU.
+    /// of gradients quantised to int8 per token (SwitchBack, arXiv:2304.13013), and that of
+    /// the head's input one with its rows as int8: faster, and no longer the exact
+    /// gradients. On the CPU.
     pub int8_backward: bool,
 }
 

@@ -236,6 +236,7 @@ fn a_training_token_takes_its_products() {
     is(again.elementwise, base.elementwise * 1.25);
     let int8 = time(&config, &Training { int8_backward: true, ..training.clone() });
     is(int8.input_gradients, linear / 500e9 * longer);
+    is(base.head - int8.head, head * (2.0 / 120e9 - 2.0 / 3.0 * 2.0 / 150e9));
     for digits in [2, 3] {
         let fixed = time(&config, &Training { digits: Some(digits), ..training.clone() });
         is(fixed.input_gradients, f64::from(digits) * linear / 500e9 * longer);

@@ -139,7 +139,12 @@ impl TrainingTime {
         let weight_gradients =
             digits.map_or(linear / weights, |digits| linear * digits / 3.0 / fixed);
         let softmax = LOGIT * vocab * rates.norm_panel_ns * 1e-9;
-        let head = vocab * hidden * (2.0 / inputs + 1.0 / weights) + softmax;
+        // Two digits of the logits' gradient meet the head's rows as int8.
+        let hidden_gradient = match ternary && training.int8_backward {
+            true => 2.0 / 3.0 / fixed,
+            false => 1.0 / inputs,
+        };
+        let head = vocab * hidden * (1.0 / inputs + hidden_gradient + 1.0 / weights) + softmax;
         // The mean token sees half of its sequence, in two products.
         let sequence = training.sequence as f64;
         let seen = layers * config.query_size() as f64 * (sequence + 1.0);

@@ -82,6 +82,99 @@ pub(super) fn split<S: Simd, const D: usize, const G: usize>(
     }
 }
 
+/// The same for gradients that lie row by row: their digits are lanes as they stand.
+#[inline(always)]
+pub(super) fn split_rows<const D: usize, const G: usize>(
+    g: MatRef<'_>,
+    first: usize,
+    scales: &[f32],
+    block: &mut Block,
+) {
+    let depth = scales.len();
+    let groups = depth.div_ceil(G);
+    let strips = block.lanes.chunks_exact_mut(groups * D);
+    for (strip, top) in strips.zip((0..g.rows()).step_by(STRIP)) {
+        let rows = STRIP.min(g.rows() - top);
+        let own = array!(STRIP, r => g.stored(top + r.min(rows - 1), first, depth));
+        let mut inv = [0.0f32; STRIP];
+        for (r, inv) in inv.iter_mut().enumerate().take(rows) {
+            let mut absmax = 0u32;
+            for (x, scale) in own[r].iter().zip(scales) {
+                absmax = absmax.max((x * scale).abs().to_bits());
+            }
+            (*inv, block.steps[top + r]) = steps(digits_of(D, G), absmax);
+        }
+        let mut sums = [const { Sums { all: [0; UNIT], high: [0; UNIT] } }; STRIP];
+        // Lanes of a vector, of which the last may not all be there.
+        for at in (0..groups).step_by(UNIT) {
+            let terms = at * G..depth.min((at + UNIT) * G);
+            let scales = &scales[terms.clone()];
+            let mut parts = [[[0u32; UNIT]; D]; STRIP];
+            for (r, parts) in parts.iter_mut().enumerate() {
+                let mut x = [0.0f32; UNIT * MOST_GROUP];
+                for (x, (from, scale)) in x.iter_mut().zip(own[r][terms.clone()].iter().zip(scales))
+                {
+                    *x = from * scale;
+                }
+                *parts = row_lanes::<D, G>(&x, inv[r], &mut sums[r]);
+            }
+            let to = strip[at * D..groups.min(at + UNIT) * D].chunks_exact_mut(D);
+            for (i, to) in to.enumerate() {
+                for (d, to) in to.iter_mut().enumerate() {
+                    to.write(array!(STRIP, r => parts[r][d][i]));
+                }
+            }
+        }
+        let count = (groups.div_ceil(UNIT) * G) as i32;
+        for (to, sums) in block.sums[top..top + rows].iter_mut().zip(&sums) {
+            let lanes = array!(UNIT, i => sums.of::<D>(i, count));
+            let total = |part: usize| lanes.iter().fold(0i32, |sum, s| sum.wrapping_add(s[part]));
+            *to = [total(0), total(1)];
+        }
+    }
+}
+
+/// The most tokens of a lane.
+const MOST_GROUP: usize = 4;
+
+/// The parts of sixteen lanes of one row, `G` neighbours each.
+#[inline(always)]
+fn row_lanes<const D: usize, const G: usize>(
+    x: &[f32; UNIT * MOST_GROUP],
+    inv: f32,
+    sums: &mut Sums,
+) -> [[u32; UNIT]; D] {
+    let mut v = [0i32; UNIT * MOST_GROUP];
+    for (v, x) in v.iter_mut().zip(x) {
+        *v = round(*x, inv);
+    }
+    let mut lanes = [[0u32; UNIT]; D];
+    if G == 4 {
+        // Any four of them in one lane.
+        for i in 0..UNIT {
+            let v = array!(4, j => v[UNIT * j + i] + unsigned(D));
+            sums.all[i] = sums.all[i].wrapping_add(v[0] + v[1] + v[2] + v[3]);
+            if D == 3 {
+                sums.high[i] += (v[0] >> 16) + (v[1] >> 16) + (v[2] >> 16) + (v[3] >> 16);
+            }
+        }
+        for (d, lanes) in lanes.iter_mut().enumerate() {
+            let mut bytes = [0u8; UNIT * MOST_GROUP];
+            for (byte, v) in bytes.iter_mut().zip(v) {
+                *byte = ((v + unsigned(D)) >> (8 * d)) as u8 ^ 0x80;
+            }
+            for (lane, bytes) in lanes.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *lane = u32::from_le_bytes(*bytes);
+            }
+        }
+        return lanes;
+    }
+    for i in 0..UNIT {
+        lanes = word_lanes(lanes, i, [v[2 * i], v[2 * i + 1]]);
+    }
+    lanes
+}
+
 /// Sums of some rows' integers, their digits made unsigned, and of their third digits.
 struct Sums {
     all: [i32; UNIT],
@@ -132,15 +225,25 @@ fn words<const D: usize, const G: usize>(
 ) -> [[u32; UNIT]; D] {
     let mut lanes = [[0u32; UNIT]; D];
     for i in 0..UNIT {
-        let v = array!(2, j => round(x[j][i], inv[i]));
-        if D == 1 {
-            lanes[0][i] = (v[0] & 0xffff | v[1] << 16) as u32;
-        } else {
-            let high = array!(2, j => (v[j] + (1 << 11)) >> 12);
-            let low = array!(2, j => v[j] - (high[j] << 12));
-            lanes[0][i] = (low[0] & 0xffff | low[1] << 16) as u32;
-            lanes[D - 1][i] = (high[0] & 0xffff | high[1] << 16) as u32;
-        }
+        lanes = word_lanes(lanes, i, array!(2, j => round(x[j][i], inv[i])));
+    }
+    lanes
+}
+
+/// Lane `i` of some: the parts of two integers.
+#[inline(always)]
+fn word_lanes<const D: usize>(
+    mut lanes: [[u32; UNIT]; D],
+    i: usize,
+    v: [i32; 2],
+) -> [[u32; UNIT]; D] {
+    if D == 1 {
+        lanes[0][i] = (v[0] & 0xffff | v[1] << 16) as u32;
+    } else {
+        let high = array!(2, j => (v[j] + (1 << 11)) >> 12);
+        let low = array!(2, j => v[j] - (high[j] << 12));
+        lanes[0][i] = (low[0] & 0xffff | low[1] << 16) as u32;
+        lanes[D - 1][i] = (high[0] & 0xffff | high[1] << 16) as u32;
     }
     lanes
 }

@@ -69,6 +69,10 @@ fn gradients_of_weights_are_the_definition_bit_for_bit() {
     for ([rows, cols, tokens], digits) in shapes.into_iter().flat_map(of_both) {
         let stride = rows + 3;
         let g = gradients(tokens * stride, 5);
+        let turned: Vec<f32> = (0..rows * (tokens + 5))
+            .map(|i| (i / (tokens + 5), i % (tokens + 5)))
+            .map(|(n, t)| if t < tokens { g[t * stride + n] } else { f32::NAN })
+            .collect();
         let x = activations(tokens, cols);
         let start = gradients(rows * cols, 6);
         let mut want = [vec![0.0f32; rows * cols], start.clone()];
@@ -92,12 +96,15 @@ fn gradients_of_weights_are_the_definition_bit_for_bit() {
             let lines = packed(kernels, &x, cols);
             let acts = PackedActs::new(&lines, &x.scales, cols);
             let left = MatRef::new(&g, tokens, rows, stride).t();
+            let by_rows = MatRef::new(&turned, rows, tokens, tokens + 5);
             for (accumulate, want) in [(false, &want[0]), (true, &want[1])] {
-                let mut out = start.clone();
-                let view = MatMut::new(&mut out, rows, cols);
-                kernels.fixed_product(digits, left, acts, view, accumulate);
-                let same = out.iter().zip(want).all(|(a, b)| a.to_bits() == b.to_bits());
-                assert!(same, "{} [{rows}, {cols}] {tokens} tokens", kernels.name());
+                for left in [left, by_rows] {
+                    let mut out = start.clone();
+                    let view = MatMut::new(&mut out, rows, cols);
+                    kernels.fixed_product(digits, left, acts, view, accumulate);
+                    let same = out.iter().zip(want).all(|(a, b)| a.to_bits() == b.to_bits());
+                    assert!(same, "{} [{rows}, {cols}] {tokens} tokens", kernels.name());
+                }
             }
         }
     }

@@ -187,9 +187,9 @@ impl Transformer {
         }
     }
 
-    /// Whether its products of floats are in bf16.
-    pub(crate) fn is_bf16(&self) -> bool {
-        self.blocks.first().is_some_and(|block| block.attention.q.recipe().bf16)
+    /// The recipe of a linear layer, which has what is the same for all; none without layers.
+    pub(crate) fn recipe(&self) -> Option<LinearRecipe> {
+        self.blocks.first().map(|block| block.attention.q.recipe())
     }
 
     /// The embedding in the precision in which it is stored, `[V, D]`.

@@ -165,21 +165,18 @@ impl FeedForward {
         let (k, eps) = (kernels(), self.recipe.eps);
         let mut dweight = vec![0.0f32; sub_norm.map_or(0, <[f32]>::len)];
         let (mut inner, mut dinner) = (Scratch::any(width), Scratch::any(width));
-        let mut own = Scratch::any(2 * width);
         let rows = gate_up.chunks_exact_mut(2 * width).zip(grad.chunks_exact(width));
         for (gate_up, mut grad) in rows {
-            own.copy_from_slice(gate_up);
             if let Some(weight) = sub_norm {
-                self.activate(&own, &mut inner);
+                self.activate(gate_up, &mut inner);
                 let inv = k.inv_rms(&inner, eps);
                 k.rms_norm_backward(&inner, weight, inv, grad, &mut dinner, &mut dweight);
                 grad = &dinner;
             }
-            let (gate, up) = own.split_at(width);
-            let (dgate, dup) = gate_up.split_at_mut(width);
+            let (gate, up) = gate_up.split_at_mut(width);
             match self.act {
-                Activation::Relu2 => k.relu2_mul_backward(gate, up, grad, dgate, dup),
-                Activation::Silu => k.silu_mul_backward(gate, up, grad, dgate, dup),
+                Activation::Relu2 => k.relu2_mul_backward(gate, up, grad),
+                Activation::Silu => k.silu_mul_backward(gate, up, grad),
             }
         }
         dweight

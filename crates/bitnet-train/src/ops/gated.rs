@@ -5,6 +5,7 @@ use burn::tensor::{Tensor, activation};
 use rayon::prelude::*;
 
 use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels};
+use super::scratch;
 
 /// Elements that one task takes.
 const CHUNK: usize = 16 * 1024;
@@ -60,16 +61,14 @@ impl CpuOp<2> for Gated {
         wanted: [bool; 2],
     ) -> [Option<Vec<f32>>; 2] {
         let k = kernels();
-        let mut dgate = vec![0.0f32; grad.len()];
-        let mut dup = vec![0.0f32; grad.len()];
+        let (mut dgate, mut dup) = (scratch::copy(gate.data()), scratch::copy(up.data()));
         dgate
             .par_chunks_mut(CHUNK)
             .zip(dup.par_chunks_mut(CHUNK))
-            .zip(gate.data().par_chunks(CHUNK).zip(up.data().par_chunks(CHUNK)))
             .zip(grad.par_chunks(CHUNK))
-            .for_each(|(((dgate, dup), (gate, up)), grad)| match self.0 {
-                Activation::Relu2 => k.relu2_mul_backward(gate, up, grad, dgate, dup),
-                Activation::Silu => k.silu_mul_backward(gate, up, grad, dgate, dup),
+            .for_each(|((gate, up), grad)| match self.0 {
+                Activation::Relu2 => k.relu2_mul_backward(gate, up, grad),
+                Activation::Silu => k.silu_mul_backward(gate, up, grad),
             });
         [wanted[0].then_some(dgate), wanted[1].then_some(dup)]
     }

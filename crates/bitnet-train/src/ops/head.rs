@@ -1,14 +1,14 @@
 //! The head: logits, and the cross-entropy that never holds the logits of a
 //! whole batch.
 
-use bitnet_kernels::{DenseRows, MatMut, MatRef};
+use bitnet_kernels::{DenseRows, Digits, MatMut, MatRef};
 use burn::tensor::{Int, Tensor, TensorData, activation};
 use rayon::prelude::*;
 
 use super::bf16;
 use super::cpu::{Buffer, CpuOp, apply, is_cpu, kernels};
 use super::embedding::host_tokens;
-use super::products::{self, Packed};
+use super::products::{self, Input, Packed, ROWS, Right};
 use super::scratch::{self, Scratch};
 use crate::profile;
 
@@ -90,11 +90,15 @@ pub struct Objective {
     pub teacher: Option<SoftTargets>,
     /// Whether the logits, and their gradients, are products in bf16. On GPUs.
     pub bf16: bool,
+    /// Whether the gradient of the hidden states is a product with the head's rows as
+    /// int8, each element off by at most 1/254 of its row's largest magnitude, and with
+    /// that of the logits in 16 bits. On the CPU; the gradient of the head stays one of floats.
+    pub int8_inputs: bool,
 }
 
 impl Default for Objective {
     fn default() -> Self {
-        Self { weights: None, cross_entropy: 1.0, teacher: None, bf16: false }
+        Self { weights: None, cross_entropy: 1.0, teacher: None, bf16: false, int8_inputs: false }
     }
 }
 
@@ -138,6 +142,7 @@ pub fn language_loss(
         weights: objective.weights.clone(),
         cross_entropy: objective.cross_entropy,
         teacher: objective.teacher.as_ref().map(Teacher::new),
+        int8_inputs: objective.int8_inputs,
     };
     let inputs = [hidden.into_dispatch(), weight.into_dispatch()];
     apply(op, inputs, device.is_autodiff(), [1])
@@ -191,6 +196,7 @@ struct LanguageLoss {
     weights: Option<Vec<f32>>,
     cross_entropy: f32,
     teacher: Option<Teacher>,
+    int8_inputs: bool,
 }
 
 /// [`SoftTargets`] on the host, sharing their storage.
@@ -300,6 +306,27 @@ impl LanguageLoss {
     }
 }
 
+/// The head's rows as int8.
+fn quantized(weight: &[f32], cols: usize) -> Input {
+    let vocab = weight.len() / cols;
+    let mut out = Input::any(vocab, cols, true);
+    out.chunks_mut(cols, ROWS).into_par_iter().zip(weight.par_chunks(ROWS * cols)).for_each(
+        |(mut out, rows)| {
+            out.fill(cols, |i, q, floats| {
+                let row = &rows[i * cols..][..cols];
+                match q {
+                    Some(q) => kernels().quantize(row, q),
+                    None => {
+                        floats.copy_from_slice(row);
+                        (0.0, 0)
+                    }
+                }
+            });
+        },
+    );
+    out
+}
+
 impl CpuOp<2> for LanguageLoss {
     type Saved = Gradients;
 
@@ -313,7 +340,14 @@ impl CpuOp<2> for LanguageLoss {
         let part = products::task_rows(at_once, 8);
         let _span = profile::span("head");
         let w = MatRef::new(weight.data(), vocab, cols, cols);
-        let (turned, packed) = (Packed::floats(w.t()), track.then(|| Packed::floats(w)));
+        let turned = Packed::floats(w.t());
+        let int8 = (track && self.int8_inputs).then(|| quantized(weight.data(), cols));
+        let back = match &int8 {
+            Some(rows) => {
+                Right::all([(rows.tokens(cols, 0..vocab), cols, Some(Digits::Two))]).pop()
+            }
+            None => track.then(|| Right::Float(Packed::floats(w))),
+        };
         let teacher = self.teacher.as_ref().map(|t| t.packed(vocab));
         let mut losses = vec![0.0f64; tokens];
         let mut dhidden = Scratch::any(if track { hidden.data().len() } else { 0 });
@@ -337,12 +371,12 @@ impl CpuOp<2> for LanguageLoss {
                     kernels().float_product(x, turned.view(), out, false);
                     self.losses(logits, round * at_once + i * part, teacher.as_ref(), losses);
                 });
-            if let Some(packed) = &packed {
+            if let Some(back) = &back {
                 let d = MatRef::new(dlogits, tokens, vocab, vocab);
                 let dh = &mut dhidden[round * at_once * cols..][..tokens * cols];
-                products::product(d, packed, dh, false);
-                let x = Packed::floats(MatRef::new(hidden, tokens, cols, cols));
-                products::product(d.t(), &x, &mut dweight, round > 0);
+                products::product(d, back, cols, dh, false);
+                let x = Right::Float(Packed::floats(MatRef::new(hidden, tokens, cols, cols)));
+                products::product(d.t(), &x, cols, &mut dweight, round > 0);
             }
         }
         let total = losses.iter().sum::<f64>();
@@ -408,6 +442,40 @@ mod tests {
         );
     }
 
+    /// A head's element is off by half a step of its row, and the gradient that it meets by
+    /// half a step of 512 of them.
+    #[test]
+    fn int8_gradients_of_hidden_states_are_within_what_rounding_loses() {
+        let (tokens, vocab, cols) = (70, 700, 40);
+        let ids: Vec<i64> = (0..tokens as i64).map(|i| i * 7 % vocab as i64).collect();
+        let [hidden, head] = [random([tokens, cols], 2.0, 1), random([vocab, cols], 1.0, 2)];
+        let run = |int8_inputs| {
+            let device = Device::flex().autodiff();
+            let leaf =
+                |data: &TensorData| Tensor::<2>::from_data(data.clone(), &device).require_grad();
+            let (hidden, head) = (leaf(&hidden), leaf(&head));
+            let targets = Tensor::<1, Int>::from_data(ids.as_slice(), &device);
+            let objective = Objective { int8_inputs, ..Objective::default() };
+            let loss = language_loss(hidden.clone(), head.clone(), targets, &objective);
+            let grads = loss.clone().backward();
+            let values = |t: &Tensor<2>| {
+                let Some(grad) = t.grad(&grads) else { unreachable!("a gradient") };
+                grad.into_data().try_to_vec::<f32>().unwrap()
+            };
+            (loss.into_scalar::<f32>(), values(&hidden), values(&head))
+        };
+        let (exact, int8) = (run(false), run(true));
+        assert_eq!((exact.0, &exact.2), (int8.0, &int8.2));
+        assert_ne!(exact.1, int8.1);
+        // The magnitudes of a token's gradient add up to 2 of the mean, at most.
+        let largest =
+            head.try_to_vec::<f32>().unwrap().into_iter().fold(0.0, |m: f32, w| m.max(w.abs()));
+        let bound = 2.0 / tokens as f32 * largest * (1.0 / 254.0 + 1.0 / 65024.0 * vocab as f32);
+        for (exact, int8) in exact.1.iter().zip(&int8.1) {
+            assert!((exact - int8).abs() <= bound, "{exact} and {int8}, bound {bound}");
+        }
+    }
+
     #[test]
     fn masks_sums_and_soft_targets_equal_the_plain_version() {
         let (tokens, vocab, cols) = (150, 41, 24);
@@ -427,7 +495,7 @@ mod tests {
                 weights: Some(mask),
                 cross_entropy: 0.0,
                 teacher: Some(teacher(1.0)),
-                bf16: false,
+                ..Objective::default()
             },
         ] {
             type Loss = fn(Tensor<2>, Tensor<2>, Tensor<1, Int>, &Objective) -> Tensor<1>;

@@ -22,7 +22,8 @@ use crate::profile;
 mod gradients;
 
 pub(super) use gradients::{
-    Backward, WeightGradients, add_weight_gradients, backward_input, backward_weights, gradients_of,
+    Backward, Right, WeightGradients, add_weight_gradients, backward_input, backward_weights,
+    gradients_of, product,
 };
 
 /// The layout of the weights between the forward and the backward pass.
@@ -109,20 +110,10 @@ pub(super) fn task_rows(rows: usize, tile: usize) -> usize {
     counts.min_by_key(|&tasks| own(tasks) * tasks).map_or(tile, own)
 }
 
-/// `out = a · b`, or `out += a · b`, for contiguous `out` `[M, N]`.
-pub(super) fn product(a: MatRef<'_>, b: &Packed, out: &mut [f32], accumulate: bool) {
-    let (cols, own) = (b.cols, task_rows(a.rows(), if a.is_transposed() { 12 } else { 8 }));
-    out.par_chunks_mut((own * cols).max(1)).enumerate().with_max_len(1).for_each(|(i, out)| {
-        let rows = out.len() / cols;
-        let a = a.slice_rows(i * own, i * own + rows);
-        kernels().float_product(a, b.view(), MatMut::new(out, rows, cols), accumulate);
-    });
-}
-
 /// `a · b` of floats.
 pub(crate) fn matmul(a: MatRef<'_>, b: MatRef<'_>) -> Vec<f32> {
     let mut out = Scratch::any(a.rows() * b.cols());
-    product(a, &Packed::floats(b), &mut out, false);
+    product(a, &Right::Float(Packed::floats(b)), b.cols(), &mut out, false);
     out.into_vec()
 }
 

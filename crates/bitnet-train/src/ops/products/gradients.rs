@@ -6,7 +6,7 @@ use bitnet_kernels::{
 };
 use rayon::prelude::*;
 
-use super::{CHUNK, FLOAT_ROWS, Input, InputRef, LAYOUT, Packed, Packing, Weights};
+use super::{CHUNK, FLOAT_ROWS, Input, InputRef, LAYOUT, Packed, Packing, Weights, task_rows};
 use crate::ops::cpu::kernels;
 use crate::ops::linear::{Gradients, LinearRecipe};
 use crate::ops::scratch::Scratch;
@@ -175,28 +175,31 @@ pub(in crate::ops) struct WeightGradients<'a> {
     pub(in crate::ops) out: &'a mut [Vec<f32>],
 }
 
-/// The input of layers as the right operand of their weights' gradient.
-enum Right<'a> {
+/// The rows of a right operand: as floats, or int8 ones, each with its scale, that meet
+/// gradients in fixed point.
+pub(in crate::ops) enum Right<'a> {
     Float(Packed),
     Fixed { digits: Digits, lines: Scratch<Line>, tokens: TokensRef<'a>, cols: usize },
 }
 
 impl<'a> Right<'a> {
-    /// Packs the inputs of some layers, each with its columns and recipe.
-    fn all<const J: usize>(inputs: [(InputRef<'a>, usize, LinearRecipe); J]) -> Vec<Self> {
-        let fixed = |x: InputRef<'a>, recipe: LinearRecipe| match x {
-            InputRef::Int8(tokens) => recipe.gradients.digits.map(|digits| (tokens, digits)),
+    /// Packs some operands, each with its columns and the digits of what int8 meets.
+    pub(in crate::ops) fn all<const J: usize>(
+        inputs: [(InputRef<'a>, usize, Option<Digits>); J],
+    ) -> Vec<Self> {
+        let fixed = |x: InputRef<'a>, digits: Option<Digits>| match x {
+            InputRef::Int8(tokens) => digits.map(|digits| (tokens, digits)),
             InputRef::Float(_) => None,
         };
         let sources: Vec<Packing<'_>> = inputs
             .iter()
-            .filter(|(x, _, recipe)| fixed(*x, *recipe).is_none())
+            .filter(|(x, _, digits)| fixed(*x, *digits).is_none())
             .map(|(x, cols, _)| x.packing(*cols))
             .collect();
         let mut floats = Packed::all(&sources).into_iter();
         let mut all: Vec<Self> = inputs
             .iter()
-            .filter_map(|&(x, cols, recipe)| match fixed(x, recipe) {
+            .filter_map(|&(x, cols, digits)| match fixed(x, digits) {
                 Some((tokens, digits)) => {
                     let lines = Scratch::any(kernels().packed_acts_len(tokens.len(), cols));
                     Some(Self::Fixed { digits, lines, tokens, cols })
@@ -221,7 +224,7 @@ impl<'a> Right<'a> {
         all
     }
 
-    /// `out = gᵀ · self`, or that added to `out`. One thread.
+    /// `out = grad · self`, or that added to `out`. One thread.
     fn product(&self, grad: MatRef<'_>, out: MatMut<'_, f32>, add: bool) {
         match self {
             Self::Float(packed) => kernels().float_product(grad, packed.view(), out, add),
@@ -233,13 +236,30 @@ impl<'a> Right<'a> {
     }
 }
 
+/// `out = a · b`, or `out += a · b`, for contiguous `out` `[M, cols]`.
+pub(in crate::ops) fn product(
+    a: MatRef<'_>,
+    b: &Right<'_>,
+    cols: usize,
+    out: &mut [f32],
+    add: bool,
+) {
+    let own = task_rows(a.rows(), if a.is_transposed() { 12 } else { 8 });
+    out.par_chunks_mut((own * cols).max(1)).enumerate().with_max_len(1).for_each(|(i, out)| {
+        let rows = out.len() / cols;
+        let a = a.slice_rows(i * own, i * own + rows);
+        b.product(a, MatMut::new(out, rows, cols), add);
+    });
+}
+
 /// Writes, or where `add` adds, what some tokens give to weights' gradients.
 pub(in crate::ops) fn add_weight_gradients<const J: usize>(
     jobs: [WeightGradients<'_>; J],
     add: bool,
 ) {
     let _span = profile::span("weight gradients");
-    let inputs = jobs.each_ref().map(|job| (job.x, job.weights[0].cols, job.recipe));
+    let inputs =
+        jobs.each_ref().map(|job| (job.x, job.weights[0].cols, job.recipe.gradients.digits));
     let rights = Right::all(inputs);
     let mut tasks = Vec::new();
     for (job, right) in jobs.into_iter().zip(&rights) {
