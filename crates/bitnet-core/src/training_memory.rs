@@ -590,7 +590,8 @@ impl<'c> Walk<'c> {
         l.hold(ACTIVATIONS, hidden);
         l.take(HEAD, turned);
         if tracked {
-            // Floats; with int8 gradients of inputs integers, which take no more.
+            // Floats. With int8 gradients of inputs it is integers, which take less but in
+            // the narrowest models.
             l.take(HEAD, table);
             // Its gradients, which wait for the backward pass.
             l.take(HEAD, hidden);

@@ -138,7 +138,11 @@ impl Kernels {
     }
 
     /// Rotates one head `[C]` in place by `cos` and `sin` of `C/2` angles.
+    ///
+    /// # Panics
+    /// If the shapes do not fit.
     pub fn rotate(self, head: &mut [f32], cos: &[f32], sin: &[f32]) {
+        assert_eq!((head.len(), sin.len()), (2 * cos.len(), cos.len()), "angles of a head");
         dispatch!(self, _isa => float::rotate(head, cos, sin));
     }
 

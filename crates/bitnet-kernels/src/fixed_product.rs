@@ -1,7 +1,7 @@
 //! The products of a linear layer's backward pass in fixed point.
 //!
-//! One side of such a product is integers: ternary weights, or int8 activations. The
-//! other, the gradient, is rounded to integers of 24 bits, `v = round(g / step)` with
+//! One side of such a product is integers: ternary weights, int8 activations, or the rows of
+//! a head that were rounded to int8. The other, the gradient, is rounded to integers of 24 bits, `v = round(g / step)` with
 //! `step = absmax / (127 · 2^16)`, or of 16 bits, `absmax / (127 · 2^8)`. Their products are
 //! added exactly, `absmax` being that of the terms which one element adds up, and the sum is
 //! rounded to f32 once. So an element is off by at most half a step times the magnitudes that
@@ -113,7 +113,8 @@ impl Default for Line {
     }
 }
 
-/// Packed activations `[tokens, cols]`, the right operand of a weights' gradient.
+/// Packed activations `[tokens, cols]`, the right operand of a weights' gradient (or the rows
+/// of a head in their place, that of its input's gradient).
 #[derive(Debug, Clone, Copy)]
 pub struct PackedActs<'a> {
     data: &'a [Line],

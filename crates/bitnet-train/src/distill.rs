@@ -269,6 +269,7 @@ fn relation_loss(student: Tensor<2>, teacher: Tensor<2>, batch: usize, heads: us
 mod tests {
     use super::*;
     use crate::ops::Objective;
+    use crate::stage::StageConfig;
 
     fn examples(device: &Device) -> Examples {
         let ids = |shift: i64| {
@@ -287,6 +288,25 @@ mod tests {
         let device = Device::flex();
         let model = Transformer::new(&ModelConfig::tiny(), seed, &device);
         Teacher { model, config: config(relations), layer: 1, device }
+    }
+
+    #[test]
+    fn int8_gradients_reach_the_head_while_products_are_integers() {
+        let device = Device::flex().autodiff();
+        let config = ModelConfig::tiny();
+        let mut model = Transformer::new(&config, 1, &device);
+        let stages = StageConfig {
+            float_until: 0.2,
+            blend: 0.2,
+            int8_backward: true,
+            ..StageConfig::default()
+        };
+        let on = (0..=10).map(|step| {
+            stages.at(step, 10).apply(&config, &mut model);
+            objective(&model, &examples(&device), None).0.int8_inputs
+        });
+        // Floats, then blends, then integers, then the finished model.
+        assert!(on.eq((0..=10).map(|step| (4..10).contains(&step))));
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::run_info::{Data, RunInfo, Start};
 use crate::stage::Stage;
 use crate::summary::Summary;
 use crate::weights::Trits;
-use crate::{TrainError, config_file, evaluate, memory, plan, plot, start};
+use crate::{TrainError, config_file, evaluate, memory, ops, plan, plot, start};
 
 /// Steps over which a run's final training loss is averaged.
 pub(crate) const LAST_STEPS: usize = 100;
@@ -468,7 +468,12 @@ impl<'r> Trainer<'r> {
         model = self.optimizer.step(model, sum, norm, micro_steps, rates);
         let tokens = self.config.batch.tokens as u64;
         self.state.step += 1;
-        stage_at(&self.config, self.state.step).apply(&self.config.model, &mut model);
+        let stage = stage_at(&self.config, self.state.step);
+        if stage != stage_at(&self.config, self.state.step - 1) {
+            // Buffers of other sizes will be wanted.
+            ops::release();
+        }
+        stage.apply(&self.config.model, &mut model);
         self.state.tokens += tokens;
         let metric = TrainMetric {
             step: self.state.step,

@@ -2,7 +2,7 @@
 //! step, each at the machine's rate for it.
 //!
 //! The linear layers run forward in int8 and their gradients in fixed point (a float twin's
-//! in f32), the head in f32. A few constants stand for what is not measured. They were chosen on the
+//! in f32), the head in f32 but for what `int8_backward` makes integers. A few constants stand for what is not measured. They were chosen on the
 //! profile of a step and the two speeds in `experiments/0010-training-speed`, and are the
 //! same for every size of model.
 
@@ -139,7 +139,8 @@ impl TrainingTime {
         let weight_gradients =
             digits.map_or(linear / weights, |digits| linear * digits / 3.0 / fixed);
         let softmax = LOGIT * vocab * rates.norm_panel_ns * 1e-9;
-        // Two digits of the logits' gradient meet the head's rows as int8.
+        // Two digits of the logits' gradient meet the head's rows as int8: two of three
+        // products of bytes (of words it is one of two).
         let hidden_gradient = match ternary && training.int8_backward {
             true => 2.0 / 3.0 / fixed,
             false => 1.0 / inputs,

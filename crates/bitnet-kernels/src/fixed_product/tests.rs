@@ -180,16 +180,19 @@ fn what_is_not_finite_shows_and_what_is_tiny_is_zero() {
         let lines = packed(kernels, &x, 20);
         let acts = PackedActs::new(&lines, &x.scales, 20);
         for (bad, value) in [(f32::NAN, None), (f32::INFINITY, None), (1e-38, Some(0.0))] {
-            let mut g = vec![0.0f32; 6 * 2];
-            g[4] = bad;
-            let mut out = vec![1.0f32; 40];
-            let left = MatRef::new(&g, 6, 2, 2).t();
-            kernels.fixed_product(Digits::Three, left, acts, MatMut::new(&mut out, 2, 20), false);
-            match value {
-                None => assert!(out[..20].iter().all(|x| x.is_nan()), "{bad}: {:?}", &out[..20]),
-                Some(value) => assert!(out[..20].iter().all(|&x| x == value)),
+            let (mut by_tokens, mut by_rows) = ([0.0f32; 12], [0.0f32; 12]);
+            (by_tokens[4], by_rows[2]) = (bad, bad);
+            for left in [MatRef::new(&by_tokens, 6, 2, 2).t(), MatRef::new(&by_rows, 2, 6, 6)] {
+                let mut out = vec![1.0f32; 40];
+                let to = MatMut::new(&mut out, 2, 20);
+                kernels.fixed_product(Digits::Three, left, acts, to, false);
+                let (own, other) = out.split_at(20);
+                match value {
+                    None => assert!(own.iter().all(|x| x.is_nan()), "{bad}: {own:?}"),
+                    Some(value) => assert!(own.iter().all(|&x| x == value)),
+                }
+                assert!(other.iter().all(|&x| x == 0.0), "{other:?}");
             }
-            assert!(out[20..].iter().all(|&x| x == 0.0), "{:?}", &out[20..]);
             let (mut q, mut sums) = (vec![0i8; 3 * 64], [0; 3]);
             let step = kernels.digits(Digits::Three, &[bad, 1e-39], &mut q, &mut sums);
             assert_eq!(step.is_nan(), value.is_none());
@@ -217,16 +220,16 @@ fn the_largest_sums_are_exact() {
         for kernels in Kernels::all() {
             let lines = packed(kernels, &x, cols);
             let acts = PackedActs::new(&lines, &x.scales, cols);
-            let mut out = vec![0.0f32; rows * cols];
-            let left = MatRef::new(&g, tokens, rows, rows).t();
-            kernels.fixed_product(
-                Digits::Three,
-                left,
-                acts,
-                MatMut::new(&mut out, rows, cols),
-                false,
-            );
-            assert!(out.iter().all(|&x| x == want), "{}: {} and {want}", kernels.name(), out[0]);
+            let mut by_rows = vec![second; rows * tokens];
+            by_rows.iter_mut().step_by(tokens).for_each(|first| *first = largest(3));
+            let by_rows = MatRef::new(&by_rows, rows, tokens, tokens);
+            for left in [MatRef::new(&g, tokens, rows, rows).t(), by_rows] {
+                let mut out = vec![0.0f32; rows * cols];
+                let to = MatMut::new(&mut out, rows, cols);
+                kernels.fixed_product(Digits::Three, left, acts, to, false);
+                let name = kernels.name();
+                assert!(out.iter().all(|&x| x == want), "{name}: {} and {want}", out[0]);
+            }
         }
     }
 }

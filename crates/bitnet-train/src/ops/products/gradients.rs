@@ -1,5 +1,6 @@
 //! The products of the backward pass of linear layers: gradients of their one input and
-//! of their weights, as floats, in fixed point or with int8.
+//! of their weights, as floats, in fixed point or with int8; and such products alone, for
+//! the head.
 
 use bitnet_kernels::{
     Digits, FIXED_DEPTH, FIXED_MOST_COLS, Line, MatMut, MatRef, PackedActs, TernaryRows, TokensRef,
